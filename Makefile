@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first command makes. `make PYTHON=python3.12 demo` picks another interpreter;
+# `make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo` takes torch from another index (here: the small CPU build).
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/attnctrl.stamp
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format types clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+# torch comes first and alone: pip then keeps the build that the machine or TORCH_INDEX offers.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "attnctrl needs Python 3.10 or newer, '$(PYTHON)' is older or missing; try: make PYTHON=python3.12 demo" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing attnctrl into $(VENV) (once; torch is large)" >&2
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## the virtual environment, with attnctrl in it
+
+demo: $(STAMP) ## without and with control, side by side: out/demo.png
+	@$(BIN)/attnctrl demo
+
+test: $(STAMP) ## the tests (minutes)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) ## the tests, the slow ones too
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## style and common mistakes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP) ## rewrite the files in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP) ## static types
+	@$(BIN)/mypy
+
+clean: ## remove caches and what the commands wrote; the environment and checkpoints stay
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

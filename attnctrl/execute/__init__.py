@@ -1,0 +1,12 @@
+"""Executors: turn visibilities into kernel calls that equal the dense masked formula. Knows tensors only.
+
+plan = execute.plan(visibility)                      # chooses untouched, grouped or dense and says why: plan.explain()
+out = plan.run(query, key, value, kernel=execute.sdpa)
+"""
+
+from __future__ import annotations
+
+from .base import ExecutionPlan, Kernel, Pass, sdpa
+from .planner import plan
+
+__all__ = ["ExecutionPlan", "Kernel", "Pass", "plan", "sdpa"]

@@ -1,0 +1,16 @@
+"""Package list: `pipelines/`, `examples/` and `assets/` stand beside `attnctrl/` and are installed inside it."""
+
+from setuptools import find_packages, setup
+
+GUESTS = {"attnctrl.pipelines": "pipelines", "attnctrl.examples": "examples", "attnctrl.assets": "assets"}
+
+setup(
+    packages=[*find_packages(include=["attnctrl", "attnctrl.*"]), *GUESTS],
+    package_dir=GUESTS,
+    include_package_data=False,
+    package_data={
+        "attnctrl": ["py.typed"],
+        "attnctrl.examples": ["*.yaml"],
+        "attnctrl.assets": ["toy-*/**"],  # pictures for the docs stay in the repository
+    },
+)
