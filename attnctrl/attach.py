@@ -1,0 +1,193 @@
+"""Arriving and leaving: `attach` puts a stack of controls on a pipeline or model, and takes it off without a trace.
+
+with attach(pipe, [Isolate(), Regions(regions)]) as handle:
+    image = pipe("a park").images[0]
+print(handle.report())
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .controls.base import Control
+from .engine import Entry, engine_of
+from .errors import ControlError, UnsupportedModelError
+from .schedule import window_to_json
+from .select import Layer, describe
+
+__all__ = ["ControlReport", "Handle", "Report", "as_controls", "attach", "parts_of"]
+
+
+@dataclass(frozen=True)
+class ControlReport:
+    """What one control did: the layers it selected, the forwards and steps it acted in, its plans."""
+
+    name: str
+    layers: str
+    window: Any
+    branch: str
+    strength: float
+    idle: bool
+    forwards: int
+    steps: tuple[int, ...]
+    plans: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What acted where since attaching.
+
+    Attributes:
+        forwards: forwards of the model.
+        controls: one entry per control, in list order.
+        warnings: controls that were there and never acted.
+    """
+
+    forwards: int
+    controls: tuple[ControlReport, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        controls = [{**vars(one), "steps": list(one.steps), "plans": list(one.plans)} for one in self.controls]
+        return {"forwards": self.forwards, "controls": controls, "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.forwards} forwards"]
+        for one in self.controls:
+            if one.idle:
+                lines.append(f"{one.name}: idle")
+                continue
+            steps = f", steps {_spans(one.steps)}" if one.steps else ""
+            lines.append(f"{one.name}: {one.layers}; branch {one.branch}; acted in {one.forwards} forwards{steps}")
+            lines += [f"  {plan}" for plan in one.plans]
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+class Handle:
+    """A stack of controls that is on a model. Use it as a context manager, or call `detach`."""
+
+    def __init__(self, engine: Any, entry: Entry) -> None:
+        self._engine = engine
+        self._entry = entry
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        return self._entry.controls
+
+    @property
+    def attached(self) -> bool:
+        """Whether the controls are still on the model."""
+        return self._entry.attached
+
+    def report(self) -> Report:
+        """What each control did so far."""
+        seats = {id(seat.control): seat for seat in self._entry.seats}
+        reports, silent = [], []
+        for control in self.controls:
+            seat = seats.get(id(control))
+            layers: tuple[Layer, ...] = tuple(
+                x for x in self._engine.layers if seat is not None and x.name in seat.layers
+            )
+            reports.append(
+                ControlReport(
+                    name=control.name,
+                    layers=describe(layers),
+                    window=window_to_json(control.window),
+                    branch=control.branch,
+                    strength=control.strength,
+                    idle=control.is_idle,
+                    forwards=seat.forwards if seat else 0,
+                    steps=tuple(sorted(seat.steps)) if seat else (),
+                    plans=tuple(sorted(seat.plans)) if seat else (),
+                )
+            )
+            if self._entry.forwards and seat is not None and seat.forwards == 0:
+                silent.append(
+                    f"'{control.name}' (window {window_to_json(control.window)}, branch {control.branch}) acted in "
+                    f"none of {self._entry.forwards} forwards. Its window or branch never came."
+                )
+        return Report(self._entry.forwards, tuple(reports), tuple(silent))
+
+    def detach(self) -> None:
+        """Take the controls off; warns of those that never acted. A second call does nothing."""
+        if not self.attached:
+            return
+        silent = self.report().warnings
+        self._engine.remove(self._entry)
+        for text in silent:
+            warnings.warn(text, stacklevel=2)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.detach()
+        else:
+            # an exception explains why controls did not act
+            self._engine.remove(self._entry)
+
+
+def attach(pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None) -> Handle:
+    """Put controls on a pipeline or a model. They act from the next forward on, until `detach` or the end of `with`.
+
+    Attaching again adds to what is there; the stacks act together and leave in any order.
+
+    Args:
+        pipe_or_model: a Diffusers pipeline, or its transformer. The pipeline brings its scheduler (for windows) and its
+            text encoder (for the prompts of regions).
+        controls: one control or a list; they compose in list order.
+        scheduler: whose timesteps place the windows when a bare model is given.
+
+    Raises:
+        UnsupportedModelError: unknown model family, context parallelism, or processors whose kernel cannot be met.
+        ControlError, SelectionError: a control that cannot work on this model.
+    """
+    model, pipe = parts_of(pipe_or_model)
+    engine = engine_of(model)
+    entry = Entry(as_controls(controls), pipe, scheduler)
+    engine.add(entry)
+    return Handle(engine, entry)
+
+
+def parts_of(pipe_or_model: Any) -> tuple[nn.Module, Any]:
+    """(denoiser, pipeline or None).
+
+    Raises:
+        UnsupportedModelError: when it is neither a pipeline with a transformer nor a model.
+    """
+    pipe = None if isinstance(pipe_or_model, nn.Module) else pipe_or_model
+    model = pipe_or_model if pipe is None else getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"Controls go on a Diffusers pipeline or its transformer; found {type(pipe_or_model).__name__}, which has "
+            "neither a transformer nor a unet."
+        )
+    return model, pipe
+
+
+def as_controls(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
+    """A stack from one control or a list.
+
+    Raises:
+        ControlError: when something else is in it.
+    """
+    stack = (controls,) if isinstance(controls, Control) else tuple(controls)
+    strangers = [type(one).__name__ for one in stack if not isinstance(one, Control)]
+    if strangers:
+        raise ControlError(f"A stack holds controls such as Regions([...]) or Isolate(); found {', '.join(strangers)}.")
+    return stack
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """Steps in short form, all of one stack: "0-13"."""
+    return describe([Layer(str(step), "", step) for step in steps]).removeprefix(":")

@@ -1,0 +1,216 @@
+"""From controls to the work on one kernel call.
+
+Stages of a call, always in this order; a control may take part in any: positions (rotary argument) -> content (query,
+key, value) -> sources (further keys and values) -> visibility (who sees whom) -> execute -> output. Controls compose by
+list order inside a stage; visibilities add up to one plan and one execution.
+
+A `Situation` is what a control knows when it is asked for its part: one sample's sequence in one phase of the run. An
+`Act` is the ready plan that hangs on a layer while the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ControlError, PlanError
+from .execute import ExecutionPlan, Kernel, Pass, plan
+from .layout import Group, Layout, Region, partition
+from .visibility import Visibility, compose
+
+__all__ = ["Act", "Blend", "Row", "Situation", "build_passes", "build_plan"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One batch entry: which guidance branch, which sample (scene) of the batch, which role."""
+
+    branch: str | None
+    sample: int
+    role: Literal["target", "reference"] = "target"
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """One sample's sequence in one phase of the run.
+
+    Attributes:
+        layout: token ranges, with the texts that controls append in this phase.
+        regions: all regions declared by the stack, whether their control acts in this phase or not.
+        member: bool [regions, image tokens].
+    """
+
+    layout: Layout
+    regions: tuple[Region, ...]
+    member: Tensor
+
+    @cached_property
+    def _partition(self) -> tuple[Tensor, tuple[Group, ...]]:
+        return partition(self.layout, self.member, self.regions)
+
+    @property
+    def atom(self) -> Tensor:
+        """int64 [tokens], the group of each token."""
+        return self._partition[0]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, numbered as in `atom`."""
+        return self._partition[1]
+
+    def tabulate(self, weight: Callable[[Group, Group], float]) -> Visibility:
+        """The visibility in which query group q sees key group k with `weight(q, k)` in [0, 1]."""
+        table = torch.tensor([[weight(q, k) for k in self.groups] for q in self.groups], dtype=torch.float64)
+        return Visibility.joint(self.atom, table.log(), [group.name for group in self.groups])
+
+    def share(self, weight: Callable[[Group], float]) -> Tensor:
+        """float32 [tokens] from a number per group."""
+        return torch.tensor([weight(group) for group in self.groups])[self.atom]
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """A further pass beside the controlled one: output = (1 - share) * controlled + share * this pass.
+
+    Attributes:
+        visibility: what this pass sees.
+        share: float32 [tokens] in [0, 1], per query token.
+    """
+
+    visibility: Visibility
+    share: Tensor
+
+
+class VisibilityControl(Protocol):
+    """The part of a control that the visibility stage asks for; `own` are the regions the control acts on."""
+
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None: ...
+
+    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None: ...
+
+
+def build_passes(
+    situation: Situation, acting: Sequence[tuple[VisibilityControl, frozenset[int]]], hidden: frozenset[int]
+) -> list[Pass]:
+    """Compose the visibility stage of one layer.
+
+    Args:
+        situation: the sample's sequence.
+        acting: controls of this layer in list order, each with the regions it acts on.
+        hidden: regions whose text is in the sequence but belongs to no control acting in this layer; it is seen by
+            nobody.
+
+    Raises:
+        ControlError: when two controls ask for a blend.
+    """
+    tucked = _hide(situation, hidden)
+    parts = [part for control, own in acting if (part := control.visibility(situation, own)) is not None]
+    main = compose(*([tucked] if tucked is not None else []), *parts) if parts or tucked is not None else None
+    if main is None:
+        main = Visibility.open(situation.layout.tokens)
+    blends = [blend for control, own in acting if (blend := control.blend(situation, own)) is not None]
+    if not blends:
+        return [Pass(main)]
+    if len(blends) > 1:
+        raise ControlError(
+            f"{len(blends)} controls of one layer ask for a base pass; give a base_ratio to one of them."
+        )
+    blend = blends[0]
+    further = blend.visibility if tucked is None else compose(tucked, blend.visibility)
+    return [_weighted(main, 1 - blend.share), _weighted(further, blend.share)]
+
+
+def build_plan(
+    situation: Situation,
+    acting: Sequence[tuple[VisibilityControl, frozenset[int]]],
+    hidden: frozenset[int],
+    device: torch.device | str,
+) -> ExecutionPlan:
+    """The execution plan of one layer, with its index tensors on `device`."""
+    return plan(build_passes(situation, acting, hidden), device=device)
+
+
+def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
+    """Padding and texts of controls that do not act here see themselves only, and nobody else sees them."""
+
+    def is_hidden(group: Group) -> bool:
+        return group.kind == "pad" or (group.kind == "region_text" and group.index in hidden)
+
+    if not any(is_hidden(group) for group in situation.groups):
+        return None
+    return situation.tabulate(lambda q, k: float(q is k or not (is_hidden(q) or is_hidden(k))))
+
+
+def _weighted(visibility: Visibility, share: Tensor) -> Pass:
+    """The pass with its share per atom; atoms are split where tokens of one atom have different shares."""
+    values, which = torch.unique(share, return_inverse=True)
+    if len(values) > 1:
+        labels = Visibility.joint(which, torch.zeros(len(values), len(values)), [""] * len(values))
+        visibility = compose(visibility, labels)
+    first = torch.full((len(visibility.query_names),), -1)
+    first[visibility.query_atom.flip(0)] = torch.arange(len(share)).flip(0)
+    return Pass(visibility, torch.where(first >= 0, share[first], 0.0))
+
+
+class Act:
+    """What a layer does during one forward: for each set of rows a plan, or the untouched kernel.
+
+    Attributes:
+        parts: (rows int64 [n] or None for all, plan or None for untouched).
+        tokens: length of the sequence the plans are made for.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: int) -> None:
+        self.parts = tuple(parts)
+        self.tokens = tokens
+
+    @property
+    def executors(self) -> tuple[str, ...]:
+        """Names of the executors in use."""
+        return tuple(sorted({part.executor for _, part in self.parts if part is not None}))
+
+    @property
+    def needs_mask(self) -> bool:
+        """Some kernel call of a plan gets an additive bias."""
+        return any(_has_bias(part) for _, part in self.parts if part is not None)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
+    ) -> Tensor:
+        """The controlled attention of query, key, value [B, heads, tokens, head_dim]."""
+        if query.shape[2] != self.tokens or key.shape[2] != self.tokens:
+            raise PlanError(
+                f"The plan covers {self.tokens} tokens, but the kernel got {query.shape[2]} queries and {key.shape[2]} "
+                "keys. Another hook shortens or extends the sequence inside the model."
+            )
+        if mask is not None:
+            raise PlanError(
+                f"The model passes its own attention mask {tuple(mask.shape)} to this layer, which plans do not merge "
+                "with. Leave the mask out, or express it as a control."
+            )
+        if len(self.parts) == 1:
+            return _run_part(self.parts[0][1], query, key, value, kernel, scale)
+        outputs = [
+            _run_part(part, query[rows], key[rows], value[rows], kernel, scale)
+            for rows, part in self.parts
+            if rows is not None
+        ]
+        order = torch.cat([rows for rows, _ in self.parts if rows is not None])
+        return torch.cat(outputs)[torch.argsort(order)]
+
+
+def _has_bias(part: ExecutionPlan) -> bool:
+    return part.executor == "dense" or any(call.rows is not None for call in getattr(part, "calls", ()))
+
+
+def _run_part(
+    part: ExecutionPlan | None, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float | None
+) -> Tensor:
+    if part is None:
+        return kernel(query, key, value, scale=scale)
+    return part.run(query, key, value, kernel=kernel, scale=scale)

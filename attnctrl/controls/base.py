@@ -1,0 +1,167 @@
+"""What every control is: a small frozen dataclass that says what to change, where, when and how strongly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from ..call import Blend, Situation
+from ..errors import ControlError
+from ..layout import Overlap, Region
+from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
+from ..select import Selector
+from ..visibility import Visibility
+
+__all__ = ["CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
+
+Branch = Literal["cond", "uncond", "all"]
+Scenes = tuple[tuple[Region, ...], ...]
+
+CONTROLS: dict[str, type[Control]] = {}
+"""All registered controls by name."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Control:
+    """Base of all controls.
+
+    Attributes:
+        layers: selector of attention layers (see `attnctrl.select`); None means all.
+        window: when to act: (start, stop) of the denoising progress in [0, 1], or `Sigma(high, low)`.
+        branch: guidance branch to act in; "all" acts in every one.
+        strength: in [0, 1]; 0 is "not there".
+
+    Raises:
+        ControlError, ScheduleError: when a field is out of range.
+    """
+
+    name: ClassVar[str] = ""
+    needs_regions: ClassVar[bool] = False
+    """The control acts on regions: its own, or else those that other controls of the stack declare."""
+    appends_text: ClassVar[bool] = False
+    """The texts of its regions are appended to the model's text sequence while the control acts."""
+
+    layers: Selector = None
+    window: Window = (0.0, 1.0)
+    branch: Branch = "cond"
+    strength: float = 1.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            CONTROLS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", checked_window(self.window, self.name))
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        self._check_range("strength", 0, 1)
+        self._check_choice("branch", Branch)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do at any time: as good as not there."""
+        return self.strength == 0 or is_empty(self.window)
+
+    @property
+    def scenes(self) -> Scenes:
+        """Regions the control declares: one tuple for all samples, or one per sample of the batch; () declares none."""
+        return ()
+
+    @property
+    def overlap_policy(self) -> Overlap:
+        """What becomes of tokens in several of the declared regions."""
+        return "union"
+
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        """Its part in the visibility stage for the regions `own`; None leaves the stage alone."""
+        return None
+
+    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None:
+        """A further pass to mix in; None for none."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form; fields at their default are left out."""
+        data: dict[str, Any] = {"name": self.name}
+        for item in fields(self):
+            value, default = getattr(self, item.name), item.default
+            if value != default:
+                data[item.name] = window_to_json(value) if item.name == "window" else _to_json(value)
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Control:
+        """The control that `to_dict` described.
+
+        Raises:
+            ControlError: for an unknown name or field, with the nearest known one.
+        """
+        values = dict(data)
+        name = values.pop("name", None)
+        if name not in CONTROLS:
+            raise ControlError(
+                f"There is no control named {name!r}.{_nearest(str(name), CONTROLS)} Known: {', '.join(CONTROLS)}."
+            )
+        cls = CONTROLS[name]
+        known = [item.name for item in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ControlError(f"'{name}' has no field '{key}'.{_nearest(key, known)} Fields: {', '.join(known)}.")
+        if "window" in values:
+            values["window"] = window_from_json(values["window"])
+        if values.get("regions") is not None:
+            values["regions"] = _regions_from_json(values["regions"])
+        return cls(**values)
+
+    def _check_range(self, field: str, low: float, high: float, *, open_end: bool = False) -> None:
+        value = getattr(self, field)
+        good = low <= value < high if open_end else low <= value <= high
+        if not good:
+            raise ControlError(
+                f"'{self.name}': {field} must be in [{low:g}, {high:g}{')' if open_end else ']'}; found {value}."
+            )
+
+    def _check_choice(self, field: str, choices: Any) -> None:
+        value, known = getattr(self, field), choices.__args__
+        if value not in known:
+            hint = _nearest(str(value), known)
+            raise ControlError(f"'{self.name}': {field} must be one of {', '.join(known)}; found {value!r}.{hint}")
+
+
+def scenes_of(regions: Any, label: str) -> Scenes:
+    """Normalise a list of regions (one scene for all samples) or a list of lists (one scene per sample).
+
+    Raises:
+        ControlError: when it is neither.
+    """
+    regions = list(regions)
+    if all(isinstance(item, Region) for item in regions):
+        return (tuple(regions),) if regions else ()
+    if all(isinstance(item, Sequence) and all(isinstance(r, Region) for r in item) for item in regions):
+        return tuple(tuple(item) for item in regions)
+    kinds = ", ".join(sorted({type(item).__name__ for item in regions}))
+    raise ControlError(
+        f"'{label}': regions are a list of Region, or one list of them per sample; found a list of {kinds}."
+    )
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Region):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _regions_from_json(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return Region.from_dict(data)
+    return [_regions_from_json(item) for item in data] if isinstance(data, list) else data

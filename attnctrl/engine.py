@@ -1,0 +1,357 @@
+"""One model under control: tells from a forward's own arguments what acts now, and hangs the acts on the layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import Act, Row
+from .controls.base import Control
+from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
+from .families import Family, family_of
+from .layout import Layout, Region
+from .schedule import Moment, locate, run_sigmas
+from .select import Layer
+from .stack import Seat, Stack
+from .tap import Tap, backend_name, caches_blocks, check_model, execution_device, honours_masks
+
+__all__ = ["Engine", "Entry", "engine_of"]
+
+_SEAT = "_attnctrl_engine"
+
+
+class Entry:
+    """What one call of `attach` or `processors` brings: its controls, its pipeline, and whether it is still there.
+
+    Args:
+        controls: in list order.
+        pipe: the pipeline, whose scheduler and text encoder are used; None for a bare model.
+        scheduler: overrides the pipeline's.
+        layers_present: names of the layers that its processors sit on; None when it opens layers by hooks.
+    """
+
+    def __init__(
+        self,
+        controls: Sequence[Control],
+        pipe: Any = None,
+        scheduler: Any = None,
+        layers_present: Callable[[], frozenset[str] | None] | None = None,
+    ) -> None:
+        self.controls = tuple(controls)
+        self.pipe = pipe
+        self._scheduler = scheduler
+        self.layers_present = layers_present
+        self.attached = False
+        self.forwards = 0
+        self.seats: list[Seat] = []
+        self._encoded: dict[str, Tensor] = {}
+
+    @property
+    def scheduler(self) -> Any:
+        return self._scheduler if self._scheduler is not None else getattr(self.pipe, "scheduler", None)
+
+    def embeds(self, region: Region, family: Family) -> Tensor:
+        """The region's encoded prompt [tokens, channels]; encoded at first use.
+
+        Raises:
+            ControlError: for a bare model and a region without prompt_embeds.
+        """
+        if region.prompt_embeds is not None:
+            return region.prompt_embeds
+        if self.pipe is None:
+            raise ControlError(
+                f"Region '{region.label}' has a prompt but no prompt_embeds, and a bare model has no text encoder. "
+                "Attach to the pipeline, or give the region prompt_embeds of shape [tokens, channels]."
+            )
+        if region.prompt not in self._encoded:
+            self._encoded[region.prompt] = family.encode(self.pipe, region.prompt)
+        return self._encoded[region.prompt]
+
+
+class Engine:
+    """All entries on one model, in the order they came. Nested entries act together; they leave in any order."""
+
+    def __init__(self, model: nn.Module, *, root: nn.Module) -> None:
+        self.model = model
+        self.family = family_of(model)
+        self.layers: tuple[Layer, ...] = self.family.layers(model)
+        self.entries: list[Entry] = []
+        self.tap = Tap(model, self.layers, self, root=root)
+        self.stack = Stack((), self.layers, self.family.presets)
+        self._owner: list[Entry] = []
+        self._run = _Run()
+        self._ids: tuple[Any, Any, Layout] | None = None
+        self._pending: tuple[dict[str, tuple[Act, frozenset[int]]], Moment] | None = None
+        self._warned: set[str] = set()
+        self._appended: dict[str | None, int] = {}
+
+    def add(self, entry: Entry) -> None:
+        """Let an entry act from the next forward on.
+
+        Raises:
+            UnsupportedModelError, SelectionError, ControlError: and then nothing has changed.
+        """
+        check_model(self.model, self.layers)
+        self._rebuild([*self.entries, entry])
+        entry.attached = True
+        if len(self.entries) == 1:
+            self.model.__dict__[_SEAT] = self
+            self.tap.install()
+        if entry.layers_present is None:
+            self.tap.install_hooks()
+
+    def remove(self, entry: Entry) -> None:
+        """Take an entry off; the last one takes everything off the model."""
+        if entry not in self.entries:
+            return
+        entry.attached = False
+        rest = [one for one in self.entries if one is not entry]
+        if not rest:
+            self.entries = []
+            self.tap.remove()
+            self.model.__dict__.pop(_SEAT, None)
+            return
+        try:
+            self._rebuild(rest)
+        except ControlError as error:
+            # an entry that took its regions from the leaving one cannot act any more
+            self.entries = rest
+            self.stack, self._owner = Stack((), self.layers, self.family.presets), []
+            warnings.warn(f"The controls that stay attached can no longer act: {error}", stacklevel=3)
+        if all(one.layers_present is not None for one in rest):
+            self.tap.remove_hooks()
+
+    def _rebuild(self, entries: list[Entry]) -> None:
+        controls = [control for entry in entries for control in entry.controls]
+        stack = Stack(controls, self.layers, self.family.presets)
+        owner = [entry for entry in entries for control in entry.controls if not control.is_idle]
+        known = {id(seat.control): seat for entry in entries for seat in entry.seats}
+        for number, seat in enumerate(stack.seats):
+            stack.seats[number] = known.get(id(seat.control), seat)
+        for entry in entries:
+            entry.seats = [seat for seat, whose in zip(stack.seats, owner, strict=True) if whose is entry]
+        self.entries, self.stack, self._owner, self._run = entries, stack, owner, _Run()
+
+    def before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Decide what acts in the forward that begins; None runs it as it is."""
+        self._pending = None
+        present = self._present_layers()
+        if not self.entries or not self.stack.seats:
+            return None
+        scheduler = next((s for entry in self.entries if (s := entry.scheduler) is not None), None)
+        moment = self._moment(arguments, scheduler)
+        branch = self._branch(arguments, scheduler, moment)
+        rows = self._rows(arguments, branch)
+        active = {name: self.stack.active(moment, name) for name in {row.branch for row in rows}}
+        if not any(active.values()):
+            return None
+        return self._control(arguments, [(row.sample, active[row.branch]) for row in rows], branch, moment, present)
+
+    def after(self, finished: bool) -> None:
+        """Account for the forward that ended.
+
+        Raises:
+            SilentControlError: when a layer with an act called no kernel.
+        """
+        pending, self._pending = self._pending, None
+        if not finished:
+            return
+        for entry in self.entries:
+            entry.forwards += 1
+        if pending is None:
+            return
+        acts, moment = pending
+        unmet = self.tap.unmet()
+        if unmet and not caches_blocks(self.model):
+            raise SilentControlError(
+                f"{len(unmet)} of {len(acts)} controlled layers called no attention kernel that could be met: "
+                f"{', '.join(layer.name for layer in unmet[:4])}{', ...' if len(unmet) > 4 else ''}. Their processors "
+                "were replaced, or the model was compiled in a way that leaves hooks out. Attach before compiling, or "
+                "attach again."
+            )
+        missed = {layer.name for layer in unmet}
+        for number, seat in enumerate(self.stack.seats):
+            mine = [act for name, (act, seats) in acts.items() if number in seats and name not in missed]
+            if not mine:
+                continue
+            seat.forwards += 1
+            if moment.step is not None:
+                seat.steps.add(moment.step)
+            seat.plans.update(plan.explain() for act in mine for _, plan in act.parts if plan is not None)
+
+    def _control(
+        self,
+        arguments: dict[str, Any],
+        rows: list[tuple[int, tuple[int, ...]]],
+        branch: str | None,
+        moment: Moment,
+        present: list[frozenset[str] | None],
+    ) -> dict[str, Any]:
+        if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
+            raise UnsupportedModelError(
+                "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
+                "model.disable_gradient_checkpointing(), or run under torch.no_grad()."
+            )
+        layout = self._layout(arguments)
+        device = execution_device(self.model, arguments["hidden_states"])
+        variants, appended = self.stack.variants(layout, rows, lambda region: self._embeds(region).shape[0])
+        self._note_length(branch, appended)
+        if appended:
+            arguments = self.family.append_text(arguments, self._texts(arguments, variants, appended))
+        acts = self.stack.acts(variants, device, lambda i, layer: _is_on(present[i], layer))
+        self._warn_of_masks(acts)
+        self.tap.assign({name: act for name, (act, _) in acts.items()})
+        self._pending = (acts, moment)
+        return arguments
+
+    def _present_layers(self) -> list[frozenset[str] | None]:
+        """Per seat the layers its processors sit on, None for all; entries whose processors are gone leave."""
+        for entry in list(self.entries):
+            if entry.layers_present is not None and entry.layers_present() is None:
+                self.remove(entry)
+        return [owner.layers_present() if owner.layers_present is not None else None for owner in self._owner]
+
+    def _embeds(self, region: Region) -> Tensor:
+        for entry in self.entries:
+            if any(region is one for control in entry.controls for scene in control.scenes for one in scene):
+                return entry.embeds(region, self.family)
+        raise ControlError(f"Region '{region.label}' belongs to no attached control.")
+
+    def _texts(self, arguments: dict[str, Any], variants: Sequence[Any], appended: int) -> Tensor:
+        """The appended text of all rows: [B, appended, channels]."""
+        prompt = self.family.text(arguments)
+        made: dict[Any, Tensor] = {}
+        for variant in dict.fromkeys(variants):
+            text = prompt.new_zeros(appended, prompt.shape[-1])
+            start = 0
+            for _, region in self.stack.texts(variant.scene, variant.active):
+                embeds = self._embeds(region)
+                if embeds.shape[-1] != prompt.shape[-1]:
+                    raise LayoutError(
+                        f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "
+                        f"{prompt.shape[-1]}. Encode it with the model's own text encoder."
+                    )
+                text[start : start + len(embeds)] = embeds.to(device=prompt.device, dtype=prompt.dtype)
+                start += len(embeds)
+            made[variant] = text
+        return torch.stack([made[variant] for variant in variants])
+
+    def _layout(self, arguments: dict[str, Any]) -> Layout:
+        """The family's layout; ids of a run are one tensor, so they are read from the device once."""
+        ids, text = arguments["img_ids"], self.family.text(arguments).shape[1]
+        key = (text, ids._version, arguments["hidden_states"].shape[1])
+        if self._ids is None or self._ids[0] is not ids or self._ids[1] != key:
+            self._ids = (ids, key, self.family.layout(arguments))
+        return self._ids[2]
+
+    def _moment(self, arguments: dict[str, Any], scheduler: Any) -> Moment:
+        sigmas = self._run.sigmas(scheduler)
+        index = step_index(scheduler) if sigmas else None
+        if not self.stack.needs_position():
+            return locate(None, sigmas, index, 0.0)
+        timestep = self.family.timestep(arguments).reshape(-1)
+        levels = timestep.tolist()
+        if max(levels) != min(levels):
+            raise LayoutError(
+                f"Rows of one forward are at different noise levels ({min(levels):g} to {max(levels):g})."
+            )
+        return locate(levels[0], sigmas, index, torch.finfo(timestep.dtype).eps)
+
+    def _branch(self, arguments: dict[str, Any], scheduler: Any, moment: Moment) -> str | None:
+        if self.tap.branch is not None:
+            return self.tap.branch if self.tap.branch in self.family.branches else None
+        if all(seat.control.branch == "all" for seat in self.stack.seats):
+            return None
+        text = self.family.text(arguments)
+        index = step_index(scheduler)
+        if index < len(moment.sigmas):
+            return self.family.branches[0 if self._run.is_first_text(self._run.timesteps, index, text) else 1]
+        level = self.family.timestep(arguments).reshape(-1)[0].item()
+        return self.family.branches[0] if self._run.is_first_text(None, level, text) else None
+
+    def _rows(self, arguments: dict[str, Any], branch: str | None) -> list[Row]:
+        batch, scenes = arguments["hidden_states"].shape[0], self.stack.scenes
+        if batch % scenes:
+            raise LayoutError(
+                f"The controls hold regions for {scenes} samples, but the batch has {batch} rows. Give one list of "
+                "regions per prompt, or one list for all."
+            )
+        # pipelines repeat each prompt num_images_per_prompt times in a row
+        return [Row(branch, index * scenes // batch) for index in range(batch)]
+
+    def _note_length(self, branch: str | None, appended: int) -> None:
+        before, self._appended[branch] = self._appended.get(branch, appended), appended
+        if before != appended and caches_blocks(self.model) and "cache" not in self._warned:
+            self._warned.add("cache")
+            warnings.warn(
+                "The length of the text changes within the run while the model caches blocks between steps; cached "
+                "outputs of the other length may be reused. Let the controls' window span the whole run, or disable "
+                "the cache.",
+                stacklevel=2,
+            )
+
+    def _warn_of_masks(self, acts: dict[str, tuple[Act, frozenset[int]]]) -> None:
+        for layer in self.layers:
+            if layer.name not in acts or not acts[layer.name][0].needs_mask:
+                continue
+            name = backend_name(layer.module)
+            if not honours_masks(name) and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"The attention backend '{name}' cannot honour a mask, which soft or fine-grained controls need "
+                    f"(first at {layer.name}); masked calls run on 'native' instead.",
+                    stacklevel=2,
+                )
+
+
+class _Run:
+    """What is remembered between forwards to tell runs, steps and branches apart."""
+
+    def __init__(self) -> None:
+        self.timesteps: Any = None
+        self._sigmas: tuple[float, ...] = ()
+        self._place: tuple[Any, float] = (None, 0.0)
+        self._first: Tensor | None = None
+        self._second: Tensor | None = None
+
+    def sigmas(self, scheduler: Any) -> tuple[float, ...]:
+        """Noise levels of the scheduler's run; `set_timesteps` makes new tensors, so they are read once a run."""
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not self.timesteps:
+            self.timesteps, self._sigmas = timesteps, run_sigmas(scheduler)
+        return self._sigmas
+
+    def is_first_text(self, run: Any, place: float, text: Tensor) -> bool:
+        """Whether `text` is the first that came at this place of this run: the first branch in CFG order."""
+        if self._first is None or run is not self._place[0] or place != self._place[1]:
+            self._place, self._first, self._second = (run, place), text, None
+            return True
+        if text is self._first:
+            return True
+        if text is self._second:
+            return False
+        if text.shape == self._first.shape and torch.equal(text, self._first):
+            return True
+        self._second = text
+        return False
+
+
+def step_index(scheduler: Any) -> int:
+    """The scheduler's step, also before its first one; past the last one after a run."""
+    index = getattr(scheduler, "step_index", None)
+    return index if index is not None else getattr(scheduler, "begin_index", None) or 0
+
+
+def _is_on(layers: frozenset[str] | None, name: str) -> bool:
+    return layers is None or name in layers
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The engine that sits on a model, or a new one that does not yet; `torch.compile(model)` counts as the model."""
+    inner = getattr(model, "_orig_mod", model)
+    found = inner.__dict__.get(_SEAT)
+    return found if isinstance(found, Engine) else Engine(inner, root=model)

@@ -1,0 +1,271 @@
+"""What a stack of controls would do on a model: tokens, layers, steps, executors, density, influence. Runs nothing.
+
+    print(explain(pipe, [Isolate(), Regions(regions)], width=1024, height=1024, steps=28))
+
+Needs no weights: a transformer made from its config on the meta device will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attach import as_controls, parts_of
+from .call import Situation, build_passes
+from .controls.base import Control
+from .execute import Pass
+from .families import Family, family_of
+from .layout import Grid, Layout, Region
+from .schedule import Moment
+from .select import Layer, describe
+from .stack import Stack, Variant
+
+__all__ = ["Explanation", "explain"]
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`: `str()` is for people, `to_dict()` for programs.
+
+    Attributes:
+        family: the model family.
+        controls: per control its name, selected layers, active steps.
+        scenes: per sample of the batch a list of phases; a phase names its steps, controls, token ranges, plans and
+            notes.
+        notes: estimates that were made.
+    """
+
+    family: str
+    steps: int
+    controls: tuple[dict[str, Any], ...]
+    scenes: tuple[tuple[dict[str, Any], ...], ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return {
+            "family": self.family,
+            "steps": self.steps,
+            "controls": list(self.controls),
+            "scenes": [list(phases) for phases in self.scenes],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}, {self.steps} steps"]
+        lines += [_control_line(control) for control in self.controls]
+        for number, phases in enumerate(self.scenes):
+            lines += [f"sample {number}"] if len(self.scenes) > 1 else []
+            for phase in phases:
+                lines += _phase_lines(phase)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _control_line(control: Mapping[str, Any]) -> str:
+    if control["idle"]:
+        return f"  {control['name']}: idle"
+    steps, branch = control["steps"] or "none", control["branch"]
+    return f"  {control['name']}: layers {control['layers']}; steps {steps}; branch {branch}"
+
+
+def _phase_lines(phase: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(phase["controls"]) or "no control: the plain model"
+    lines = [f"steps {phase['steps']}: {names}"]
+    lines += ["  tokens " + ", ".join(f"{name} {count}" for name, count in phase["tokens"].items())]
+    lines += [f"  {name}: {count} image tokens" for name, count in phase["regions"].items()]
+    lines += [f"  {plan['layers']}: {plan['explain']}" for plan in phase["plans"]]
+    return lines + [f"  {note}" for note in phase["influence"]]
+
+
+def explain(
+    pipe_or_model: Any,
+    controls: Control | Sequence[Control],
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    grid: Grid | None = None,
+    steps: int = 28,
+    sigmas: Sequence[float] | None = None,
+    text_tokens: int = 512,
+    region_tokens: int | Mapping[str, int] | None = None,
+    references: Sequence[Grid] = (),
+    branch: str = "cond",
+) -> Explanation:
+    """Say what acts where, without running the model.
+
+    Args:
+        pipe_or_model: pipeline or transformer; weights are not looked at.
+        width, height: pixels of the picture; or `grid`, its (rows, columns) of image tokens.
+        steps: of the run. `sigmas` are its noise levels, for sigma windows; evenly spaced when left out.
+        text_tokens: length of the encoded prompt.
+        region_tokens: tokens of a region's text: one number, or by prompt. Left out, they are counted by the pipeline's
+            tokenizer, or estimated from the words, with a note.
+        references: (rows, columns) of reference pictures.
+        branch: guidance branch looked at.
+
+    Raises:
+        AttnCtrlError: whatever `attach` and the first forward would raise about these controls.
+    """
+    model, pipe = parts_of(pipe_or_model)
+    model = getattr(model, "_orig_mod", model)
+    family = family_of(model)
+    whole = as_controls(controls)
+    stack = Stack(whole, family.layers(model), family.presets)
+    notes: list[str] = []
+    size = grid or _grid(pipe, family, width, height)
+    layout = family.plan_layout(text_tokens, size, references)
+    levels = tuple(sigmas) if sigmas is not None else tuple(1 - i / steps for i in range(steps))
+    if sigmas is None and any(not isinstance(control.window, tuple) for control in whole):
+        notes.append(
+            "sigma windows are placed on evenly spaced noise levels; pass sigmas=[...] of the run for the true ones"
+        )
+    active = [stack.active(Moment(sigma, step, levels), branch) for step, sigma in enumerate(levels)]
+
+    def length(region: Region) -> int:
+        return _length(region, pipe, family, region_tokens, notes)
+
+    scenes = tuple(
+        tuple(
+            _phase(stack, layout, scene, numbers, [step for step, _ in steps_of], length)
+            for numbers, steps_of in groupby(enumerate(active), key=lambda item: item[1])
+        )
+        for scene in range(stack.scenes)
+    )
+    rows = tuple(_control(control, stack, active) for control in whole)
+    return Explanation(family.name, len(levels), rows, scenes, tuple(dict.fromkeys(notes)))
+
+
+def _grid(pipe: Any, family: Family, width: int | None, height: int | None) -> Grid:
+    # a pixel of the latents covers vae_scale_factor pixels, a token covers two by two of them
+    token = 2 * pipe.vae_scale_factor if hasattr(pipe, "vae_scale_factor") else family.pixels_per_token
+    return (height or 1024) // token, (width or 1024) // token
+
+
+def _length(region: Region, pipe: Any, family: Family, given: int | Mapping[str, int] | None, notes: list[str]) -> int:
+    if region.prompt_embeds is not None:
+        return len(region.prompt_embeds)
+    if isinstance(given, int):
+        return given
+    if given is not None and region.prompt in given:
+        return given[region.prompt]
+    if getattr(pipe, "tokenizer_2", None) is not None:
+        return family.count(pipe, region.prompt)
+    notes.append("lengths of region texts are estimated from their words; a pipeline with a tokenizer counts them")
+    return 1 + round(4 / 3 * len(region.prompt.split()))
+
+
+def _control(control: Control, stack: Stack, active: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    number = next((i for i, seat in enumerate(stack.seats) if seat.control is control), None)
+    if number is None:
+        return {"name": control.name, "idle": True}
+    layers = [layer for layer in stack.layers if layer.name in stack.seats[number].layers]
+    steps = [step for step, numbers in enumerate(active) if number in numbers]
+    return {
+        "name": control.name,
+        "idle": False,
+        "layers": describe(layers),
+        "steps": _spans(steps),
+        "branch": control.branch,
+        "strength": control.strength,
+    }
+
+
+def _phase(
+    stack: Stack, layout: Layout, scene: int, active: tuple[int, ...], steps: Sequence[int], length: Any
+) -> dict[str, Any]:
+    (variant,), _ = stack.variants(layout, [(scene, active)], length)
+    situation = stack.situation(variant)
+    plans: list[dict[str, Any]] = []
+    per_layer: list[tuple[Layer, Tensor | None]] = []
+    for acting, layers in _by_acting(stack, variant).items():
+        plan = stack.plan(variant, acting, _CPU)
+        if plan is None:
+            per_layer += [(layer, None) for layer in layers]
+            continue
+        plans.append(
+            {
+                "layers": describe(layers),
+                "executor": plan.executor,
+                "density": plan.density,
+                "classes": plan.classes,
+                "bytes": plan.nbytes,
+                "explain": plan.explain(),
+            }
+        )
+        controls = [(stack.seats[i].control, stack.own(stack.seats[i].control, scene)) for i in acting]
+        passes = build_passes(situation, controls, stack.hidden(variant, acting))
+        per_layer += [(layer, _edges(situation, passes)) for layer in layers]
+    order = {layer.name: i for i, layer in enumerate(stack.layers)}
+    edges = [found for _, found in sorted(per_layer, key=lambda item: order[item[0].name])]
+    member = situation.member.sum(1).tolist()
+    return {
+        "steps": _spans(steps),
+        "controls": [stack.seats[i].control.name for i in active],
+        "tokens": {item.name: len(item) for item in variant.layout.ranges},
+        "regions": {region.label: int(n) for region, n in zip(situation.regions, member, strict=True)}
+        if active
+        else {},
+        "plans": plans,
+        "influence": _influence(situation, edges) if active else [],
+    }
+
+
+def _by_acting(stack: Stack, variant: Variant) -> dict[tuple[int, ...], list[Layer]]:
+    groups: dict[tuple[int, ...], list[Layer]] = {}
+    for layer in stack.layers:
+        groups.setdefault(stack.acting(variant, layer.name, lambda *_: True), []).append(layer)
+    return groups
+
+
+def _edges(situation: Situation, passes: Sequence[Pass]) -> Tensor:
+    """bool [G, G]: groups that read each other directly in any pass."""
+    count = len(situation.groups)
+    token = torch.empty(count, dtype=torch.int64)
+    token[situation.atom] = torch.arange(len(situation.atom))
+    edges = torch.zeros(count, count, dtype=torch.bool)
+    for one in passes:
+        atom = one.visibility.query_atom[token]
+        sees = one.visibility.log_weight[atom][:, atom].isfinite()
+        edges |= sees if one.weight is None else sees & (one.weight[atom] > 0)[:, None]
+    return edges
+
+
+def _influence(situation: Situation, edges: Sequence[Tensor | None]) -> list[str]:
+    """For each pair of regions' image groups: directly, after how many layers, or never."""
+    count = len(situation.groups)
+    reached = torch.eye(count, dtype=torch.bool)
+    after = torch.where(reached, 0, -1)
+    for number, layer in enumerate(edges, start=1):
+        step = (
+            torch.ones(count, count, dtype=torch.bool) if layer is None else layer | torch.eye(count, dtype=torch.bool)
+        )
+        reached = (step.float() @ reached.float()) > 0
+        after[reached & (after < 0)] = number
+    pictured = [i for i, group in enumerate(situation.groups) if group.kind == "image" and group.members]
+    notes = []
+    for i in pictured:
+        for j in pictured:
+            if i == j or situation.groups[i].members & situation.groups[j].members:
+                continue
+            here, there, layers = situation.groups[i].name, situation.groups[j].name, int(after[i, j])
+            how = (
+                "never reads"
+                if layers < 0
+                else "reads"
+                if layers == 1
+                else f"indirectly reads, from layer {layers} on,"
+            )
+            notes.append(f"{here} {how} {there}")
+    return notes
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """Steps in short form: "0-13"."""
+    return describe([Layer(str(step), "", step) for step in steps]).removeprefix(":") if steps else ""

@@ -1,0 +1,246 @@
+"""A stack of controls on one model: whose regions, which layers, the plans of one phase of the run. Knows no hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .call import Act, Situation, build_plan
+from .controls.base import Control
+from .errors import ControlError
+from .execute import ExecutionPlan
+from .layout import Layout, Region, membership
+from .schedule import Moment, is_active, is_full
+from .select import Layer, Presets, select
+
+__all__ = ["Seat", "Stack", "Variant"]
+
+_CACHED_PLANS = 256
+
+
+@dataclass(eq=False)
+class Seat:
+    """One control of a stack: the layers it selected, and what it has done so far."""
+
+    control: Control
+    layers: frozenset[str]
+    steps: set[int] = field(default_factory=set)
+    forwards: int = 0
+    plans: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What rows of one scene and one branch have in common in one phase: scene, acting seats, and their sequence."""
+
+    scene: int
+    active: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing acts and nothing was appended."""
+        return not self.active and all(item.name != "text.pad" for item in self.layout.ranges)
+
+
+class Stack:
+    """Controls in list order on the layers of one model.
+
+    Args:
+        controls: idle ones are left out.
+        layers: all layers of the model.
+        presets: the family's named selectors.
+
+    Raises:
+        SelectionError: when a control selects no layer.
+        ControlError: when a control needs regions and nobody declares any, or numbers of scenes disagree.
+    """
+
+    def __init__(self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets) -> None:
+        self.layers = tuple(layers)
+        self.seats = [
+            Seat(control, frozenset(layer.name for layer in select(layers, control.layers, presets)))
+            for control in controls
+            if not control.is_idle
+        ]
+        # declared even where the control is idle or out of its window, so that isolation keeps its regions
+        self._declaring = [control for control in controls if control.scenes]
+        counts = {len(control.scenes) for control in self._declaring} - {1}
+        if len(counts) > 1:
+            raise ControlError(
+                f"Controls of one stack hold regions for different numbers of samples: {sorted(counts)}."
+            )
+        self.scenes = max(counts, default=1)
+        for seat in self.seats:
+            if seat.control.needs_regions and not seat.control.scenes and not self._text_declaring():
+                raise ControlError(
+                    f"'{seat.control.name}' needs regions, but it has none and no control of the stack declares any. "
+                    "Give it regions=[...], or attach it together with Regions([...])."
+                )
+        self._members: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        self._situations: dict[tuple[int, Layout], Situation] = {}
+        self._plans: dict[tuple[Variant, tuple[int, ...], torch.device], ExecutionPlan] = {}
+
+    def _text_declaring(self) -> list[Control]:
+        return [control for control in self._declaring if control.appends_text]
+
+    def regions(self, scene: int) -> tuple[Region, ...]:
+        """All declared regions of a scene, numbered as in its layout."""
+        return tuple(region for control in self._declaring for region in _scene(control, scene))
+
+    def own(self, control: Control, scene: int) -> frozenset[int]:
+        """The numbers of the regions that a control acts on: its own, or else those declared with texts."""
+        wanted = [control] if control.scenes else self._text_declaring() if control.needs_regions else []
+        numbers: set[int] = set()
+        start = 0
+        for declaring in self._declaring:
+            stop = start + len(_scene(declaring, scene))
+            if any(declaring is one for one in wanted):
+                numbers.update(range(start, stop))
+            start = stop
+        return frozenset(numbers)
+
+    def active(self, moment: Moment, branch: str | None) -> tuple[int, ...]:
+        """Numbers of the seats that act now.
+
+        Raises:
+            ScheduleError: when a window needs a position that is unknown.
+            ControlError: when a control asks for a branch and the branch of this forward is unknown.
+        """
+        chosen = []
+        for number, seat in enumerate(self.seats):
+            control = seat.control
+            if control.branch != "all":
+                if branch is None:
+                    raise ControlError(
+                        f"'{control.name}' acts in branch '{control.branch}', but which guidance branch this forward "
+                        "is cannot be told: two texts came at one noise level. Run each branch in `with "
+                        "model.cache_context('cond'):` (or 'uncond'), attach to the pipeline, or give the control "
+                        "branch='all'."
+                    )
+                if branch != control.branch:
+                    continue
+            if is_active(control.window, moment, control.name):
+                chosen.append(number)
+        return tuple(chosen)
+
+    def needs_position(self) -> bool:
+        """Some window depends on where in the run a forward stands."""
+        return any(not is_full(seat.control.window) for seat in self.seats)
+
+    def texts(self, scene: int, active: Sequence[int]) -> list[tuple[int, Region]]:
+        """(number, region) whose text is appended when these seats act; regions of strength 0 are not there."""
+        regions = self.regions(scene)
+        numbers = {
+            number
+            for index in active
+            if self.seats[index].control.appends_text
+            for number in self.own(self.seats[index].control, scene)
+        }
+        return [(number, regions[number]) for number in sorted(numbers) if regions[number].strength > 0]
+
+    def variants(
+        self, layout: Layout, rows: Sequence[tuple[int, tuple[int, ...]]], length: Callable[[Region], int]
+    ) -> tuple[list[Variant], int]:
+        """The variant of each row, all of one length.
+
+        Args:
+            layout: the model's own sequence.
+            rows: (scene, active seats) per row.
+            length: tokens of a region's text.
+
+        Returns:
+            (one variant per row, number of text tokens appended).
+        """
+        appended = {
+            row: [(f"text.region{number}", length(region)) for number, region in self.texts(*row)]
+            for row in dict.fromkeys(rows)
+        }
+        longest = max(sum(count for _, count in texts) for texts in appended.values())
+        made = {
+            row: Variant(*row, layout.with_texts(texts, longest - sum(count for _, count in texts)))
+            for row, texts in appended.items()
+        }
+        return [made[row] for row in rows], longest
+
+    def situation(self, variant: Variant) -> Situation:
+        """What controls are told about a variant; built once."""
+        key = (variant.scene, variant.layout)
+        if key not in self._situations:
+            _make_room(self._situations)
+            regions = self.regions(variant.scene)
+            member = self._member(variant.scene, variant.layout)
+            self._situations[key] = Situation(variant.layout, regions, member)
+        return self._situations[key]
+
+    def _member(self, scene: int, layout: Layout) -> Tensor:
+        if not self._declaring:
+            return torch.zeros(0, len(layout["image"]), dtype=torch.bool)
+        key = (scene, layout.grid)
+        if key not in self._members:
+            parts = [membership(_scene(c, scene), layout.grid, c.overlap_policy) for c in self._declaring]
+            self._members[key] = torch.cat(parts)
+        return self._members[key]
+
+    def acting(self, variant: Variant, layer: str, present: Callable[[int, str], bool]) -> tuple[int, ...]:
+        """Of a variant's active seats, those that act in a layer."""
+        return tuple(i for i in variant.active if layer in self.seats[i].layers and present(i, layer))
+
+    def plan(self, variant: Variant, acting: tuple[int, ...], device: torch.device) -> ExecutionPlan | None:
+        """The plan of a layer in which the seats `acting` act; None when the layer has nothing to do. Built once."""
+        hidden = self.hidden(variant, acting)
+        if not acting and not hidden and "text.pad" not in variant.layout:
+            return None
+        key = (variant, acting, device)
+        if key not in self._plans:
+            _make_room(self._plans)
+            controls = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
+            self._plans[key] = build_plan(self.situation(variant), controls, hidden, device)
+        return self._plans[key]
+
+    def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
+        """Regions whose text is in the sequence while no control of a layer shows it."""
+        shown = {number for number, _ in self.texts(variant.scene, acting)}
+        return frozenset(number for number, _ in self.texts(variant.scene, variant.active) if number not in shown)
+
+    def acts(
+        self, variants: Sequence[Variant], device: torch.device, present: Callable[[int, str], bool]
+    ) -> dict[str, tuple[Act, frozenset[int]]]:
+        """For each layer that has something to do: its act, and the seats that act there."""
+        rows = {variant: [i for i, v in enumerate(variants) if v == variant] for variant in dict.fromkeys(variants)}
+        made: dict[tuple[tuple[int, ...], ...], tuple[Act, frozenset[int]] | None] = {}
+        acts = {}
+        for layer in self.layers:
+            key = tuple(self.acting(variant, layer.name, present) for variant in rows)
+            if key not in made:
+                made[key] = self._act(rows, key, device)
+            found = made[key]
+            if found is not None:
+                acts[layer.name] = found
+        return acts
+
+    def _act(
+        self, rows: Mapping[Variant, list[int]], acting: tuple[tuple[int, ...], ...], device: torch.device
+    ) -> tuple[Act, frozenset[int]] | None:
+        plans = [self.plan(variant, numbers, device) for variant, numbers in zip(rows, acting, strict=True)]
+        if all(plan is None for plan in plans):
+            return None
+        parts: list[tuple[Tensor | None, ExecutionPlan | None]] = [
+            (None if len(rows) == 1 else torch.tensor(mine, device=device), plan)
+            for mine, plan in zip(rows.values(), plans, strict=True)
+        ]
+        tokens = next(iter(rows)).layout.tokens
+        return Act(parts, tokens), frozenset(i for numbers in acting for i in numbers)
+
+
+def _scene(control: Control, scene: int) -> tuple[Region, ...]:
+    return control.scenes[scene if len(control.scenes) > 1 else 0]
+
+
+def _make_room(cache: dict) -> None:
+    """Runs of many sizes must not pile up plans."""
+    if len(cache) >= _CACHED_PLANS:
+        cache.clear()

@@ -1,0 +1,138 @@
+"""The table: each control as a row, with its rule spelled out token by token. A new method adds a row and inherits the battery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness import Token, regions
+
+import attnctrl as ac
+
+Rule = Callable[[Token, Token], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stack of controls.
+
+    Attributes:
+        controls: regions -> stack.
+        rules: regions -> weights of the main pass, multiplied.
+        overlap: the regions overlap, and this policy applies.
+        texts: region texts are in the sequence.
+        base_ratio: share of the open pass.
+        references: reference pictures in the sequence; region 0 is bound to the first.
+    """
+
+    controls: Callable[[Sequence[Any]], list[Any]]
+    rules: Callable[[Sequence[Any]], list[Rule]]
+    overlap: str | None = None
+    texts: bool = True
+    base_ratio: float = 0.0
+    references: int = 0
+
+    def scene(self) -> list[Any]:
+        scene = regions(overlap=self.overlap is not None)
+        if self.references:
+            first = scene[0]
+            scene[0] = ac.Region(first.prompt, box=first.box, prompt_embeds=first.prompt_embeds, reference=0)
+        return scene
+
+
+def regional(global_text: str, strength: Callable[[frozenset[int]], float] = lambda _: 1.0) -> Rule:
+    """The table in the docstring of `Regions`."""
+
+    def pictured(q: Token, k: Token) -> bool:
+        """Image and references among themselves."""
+        if q.kind == k.kind == "image":
+            return True
+        if q.kind == k.kind == "reference":
+            return (not q.members and not k.members) or bool(q.members & k.members)
+        reference, image = (q, k) if q.kind == "reference" else (k, q)
+        return not reference.members or bool(reference.members & image.members)
+
+    def rule(q: Token, k: Token) -> float:
+        kinds = (q.kind, k.kind)
+        if kinds == ("global", "global"):
+            return 1.0
+        if "text" in kinds and "global" in kinds:
+            return 0.0
+        if kinds == ("text", "text"):
+            return float(q.owner == k.owner)
+        if q.kind == "text":
+            return float(q.owner in k.members)
+        if k.kind == "text":
+            return strength(k.members) if k.owner in q.members else 0.0
+        cut = 1 - strength(q.members | k.members)
+        if "global" in kinds:
+            other = k if q.kind == "global" else q
+            seen = global_text == "open" or (global_text == "background" and not other.members)
+            return 1.0 if seen else cut
+        return 1.0 if pictured(q, k) else cut
+
+    return rule
+
+
+def isolating(background: str, *, hub: str = "relay", cut: float = 0.0, text: bool = True) -> Rule:
+    """The table in the docstring of `Isolate`."""
+
+    def rule(q: Token, k: Token) -> float:
+        if "text" in (q.kind, k.kind):
+            return 1.0 if not text or q.members & k.members else cut
+        if q.kind == "global":
+            return cut if hub == "source" and k.members else 1.0
+        if k.kind == "global" or "reference" in ((q.kind, k.kind) if not (q.members and k.members) else ()):
+            open_reference = any(t.kind == "reference" and not t.members for t in (q, k))
+            if k.kind == "global" or open_reference:
+                return 1.0
+        if q.members and k.members:
+            return 1.0 if q.members & k.members else cut
+        if not q.members and not k.members:
+            return 1.0
+        return 1.0 if background == "shared" or (background == "reads_all" and not q.members) else cut
+
+    return rule
+
+
+CASES = {
+    "regions": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")]),
+    "regions-open": Case(lambda r: [ac.Regions(r, global_text="open")], lambda r: [regional("open")]),
+    "regions-none": Case(lambda r: [ac.Regions(r, global_text="none")], lambda r: [regional("none")]),
+    "regions-soft": Case(lambda r: [ac.Regions(r, strength=0.7)], lambda r: [regional("background", lambda _: 0.7)]),
+    "regions-union": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")], overlap="union"),
+    "regions-priority": Case(
+        lambda r: [ac.Regions(r, overlap="priority")], lambda r: [regional("background")], overlap="priority"
+    ),
+    "regions-overlap-background": Case(
+        lambda r: [ac.Regions(r, overlap="background")], lambda r: [regional("background")], overlap="background"
+    ),
+    "regions-base": Case(
+        lambda r: [ac.Regions(r, global_text="none", base_ratio=0.3)], lambda r: [regional("none")], base_ratio=0.3
+    ),
+    "regions-reference": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")], references=2),
+    "isolate": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False),
+    "isolate-reads-all": Case(
+        lambda r: [ac.Isolate(r, background="reads_all")], lambda r: [isolating("reads_all")], texts=False
+    ),
+    "isolate-shared": Case(
+        lambda r: [ac.Isolate(r, background="shared", hub="source")],
+        lambda r: [isolating("shared", hub="source")],
+        texts=False,
+    ),
+    "isolate-soft": Case(
+        lambda r: [ac.Isolate(r, strength=0.6)], lambda r: [isolating("isolated", cut=0.4)], texts=False
+    ),
+    "isolate-overlap": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False, overlap="union"),
+    "isolate-reference": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False, references=2),
+    "stack": Case(
+        lambda r: [ac.Isolate(background="reads_all"), ac.Regions(r)],
+        lambda r: [isolating("reads_all"), regional("background")],
+    ),
+    "stack-soft": Case(
+        lambda r: [ac.Isolate(strength=0.5), ac.Regions(r, global_text="open", base_ratio=0.2)],
+        lambda r: [isolating("isolated", cut=0.5), regional("open")],
+        base_ratio=0.2,
+    ),
+}
