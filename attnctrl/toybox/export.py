@@ -1,0 +1,44 @@
+"""Write a trained toy pipeline in the stock Diffusers format: bf16 safetensors plus the settings the model wants."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+SETTINGS: dict[str, Any] = {
+    "size": [64, 64], "steps": 20, "guidance_scale": 1.0, "true_cfg_scale": 3.0, "max_sequence_length": 40,
+    "negative_prompt": "", "auto_resize": False, "token_pixels": 8, "reference_size": [48, 48],
+}  # fmt: skip
+
+
+def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> Path:
+    """Save a bf16 copy of `pipeline` as `folder` (whole or not at all), with `attnctrl.json` of settings and facts.
+
+    The live weights are not changed. A model card already in `folder` is kept.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    kept = [{k: v.detach().clone() for k, v in m.state_dict().items()} for m in modules]
+    try:
+        for module in modules:
+            module.to(torch.bfloat16)
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+    finally:
+        for module, weights in zip(modules, kept):
+            module.to(torch.float32)
+            module.load_state_dict(weights)
+    (temporary / "attnctrl.json").write_text(json.dumps({**SETTINGS, "training": facts}, indent=2) + "\n")
+    for name in ("README.md", "samples.png"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, temporary / name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    return folder

@@ -1,0 +1,68 @@
+"""Real tokenizers with a toy vocabulary, and small CLIP and T5 encoders: one token for every word of the world."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from .world import WORDS
+
+MAX_LENGTH = 40
+"""Tokens of the longest caption of four fully told subjects, background, style and the end token: 38, rounded up."""
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Unigram tokenizer: one piece a word of the world, single letters as the fallback for anything else."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary: list[tuple[str, float]] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    vocabulary += [("▁" + word if word.isalpha() else word, -1.0) for word in WORDS]
+    vocabulary += [(letter, -8.0) for letter in letters]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_LENGTH)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-pair tokenizer whose merges are trained until every word of the world is one token."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    alphabet = [chr(c) for c in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    # A word a line, so that no space becomes part of a piece.
+    trained.train_from_iterator(list(WORDS) * 4, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocabulary: dict[str, int] = dict(model["vocab"])
+    for letter in alphabet:
+        vocabulary.setdefault(letter + "</w>", len(vocabulary))
+    vocabulary["<|startoftext|>"] = len(vocabulary)
+    vocabulary["<|endoftext|>"] = len(vocabulary)
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+
+
+def text_encoders(
+    clip: CLIPTokenizer, t5: T5Tokenizer, width: int = 128, layers: int = 2, heads: int = 4, **overrides: Any
+) -> tuple[CLIPTextModel, T5EncoderModel]:
+    """Randomly initialised encoders of `width` channels that fit the tokenizers (global RNG: seed it before)."""
+    clip_model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, max_position_embeddings=MAX_LENGTH, projection_dim=width,
+            bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+        )
+    )  # fmt: skip
+    t5_model = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5), d_model=width, d_kv=width // heads, d_ff=2 * width, num_layers=layers, num_heads=heads,
+            relative_attention_num_buckets=16, relative_attention_max_distance=32, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", pad_token_id=t5.pad_token_id, eos_token_id=t5.eos_token_id,
+            decoder_start_token_id=t5.pad_token_id,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        t5_model.shared.weight.normal_(0.0, 1.0)
+    return clip_model, t5_model

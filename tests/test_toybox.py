@@ -1,0 +1,190 @@
+"""The world renders what it says, captions tell only what is true, and training can be resumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from attnctrl.errors import AssetError
+from attnctrl.toybox import build, data, flow, model_path, text, train, vae, world
+
+
+def scenes(count: int, subjects: int, seed: int = 0) -> list[world.WorldScene]:
+    rng = np.random.default_rng(seed)
+    return [world.sample_scene(rng, subjects) for _ in range(count)]
+
+
+def test_rendering_is_pure_and_masks_hold_the_colour() -> None:
+    subject = world.WorldSubject("square", "red", "solid", 0.5, 0.5, 0.3)
+    scene = world.WorldScene((subject,), "white")
+    first, second = world.render(scene), world.render(scene)
+    assert np.array_equal(first.image, second.image)
+    inner = first.image[26:38, 26:38].reshape(-1, 3)
+    assert np.all(inner == world.COLORS["red"])
+    assert np.all(first.image[0] == world.BACKGROUNDS["white"])
+    side = 2 * 0.8 * 0.3
+    assert first.boxes[0] == pytest.approx((0.5 - side / 2, 0.5 - side / 2, 0.5 + side / 2, 0.5 + side / 2), abs=1 / 64)
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_signed_distance_is_a_distance(shape: str) -> None:
+    y, x = np.mgrid[-1.5:1.5:120j, -1.5:1.5:120j]
+    d = world.signed_distance(shape, x, y)
+    assert d.min() < 0 < d.max()
+    step = 3 / 119
+    slope = np.hypot(*np.gradient(d, step))
+    assert np.quantile(np.abs(slope - 1), 0.9) < 0.05
+    assert 0.3 < np.mean(d < 0) * 9 < np.pi
+
+
+def test_later_subjects_lie_on_top() -> None:
+    below = world.WorldSubject("circle", "red", "solid", 0.5, 0.5, 0.3)
+    above = replace(below, color="blue", radius=0.15)
+    picture = world.render(world.WorldScene((below, above), "white"))
+    assert not np.any(picture.masks[0] & picture.masks[1])
+    assert tuple(picture.image[32, 32]) == world.COLORS["blue"]
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 3, 4])
+def test_subjects_do_not_overlap_and_lie_inside(subjects: int) -> None:
+    for scene in scenes(30, subjects):
+        assert len(scene.subjects) == subjects
+        for i, a in enumerate(scene.subjects):
+            assert a.radius <= a.x <= 1 - a.radius
+            assert a.radius <= a.y <= 1 - a.radius
+            for b in scene.subjects[:i]:
+                assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
+
+
+def test_a_full_caption_tells_everything_and_an_empty_telling_nothing() -> None:
+    subject = world.WorldSubject("star", "green", "dotted", 0.2, 0.8, 0.12)
+    scene = world.WorldScene((subject,), "beige", world.WorldStyle("hatched"))
+    rng = np.random.default_rng(0)
+    told = world.caption(scene, rng, world.EVERYTHING)
+    assert told == "a small dotted green star bottom left, beige background, hatched style"
+    assert world.caption(scene, rng, world.Telling(0, 0, 0, 0, 0, 0, 0)) == "a thing"
+
+
+def test_captions_never_lie() -> None:
+    rng = np.random.default_rng(1)
+    for scene in scenes(200, 2, seed=3):
+        words = set(world.caption(scene, rng).replace(",", "").split())
+        assert words & set(world.COLORS) <= {s.color for s in scene.subjects}
+        assert words & set(world.SHAPES) <= {s.shape for s in scene.subjects}
+        assert words & set(world.PATTERNS) <= {s.pattern for s in scene.subjects}
+        assert words & set(world.BACKGROUNDS) <= {scene.background}
+        assert words & set(world.STYLES) <= {scene.style.name}
+
+
+def test_every_word_is_one_token_and_the_longest_caption_fits() -> None:
+    clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
+    for word in world.WORDS:
+        assert len(clip(word).input_ids) == 3
+        assert len(t5(word if word.isalpha() else f"a{word}").input_ids) == 2 + (not word.isalpha())
+    rng = np.random.default_rng(2)
+    told = [world.caption(scene, rng, world.EVERYTHING) for scene in scenes(50, 4)]
+    unknown = t5.unk_token_id
+    for caption in told:
+        assert len(t5(caption).input_ids) <= text.MAX_LENGTH
+        assert len(clip(caption).input_ids) <= text.MAX_LENGTH
+        assert unknown not in t5(caption).input_ids
+
+
+def test_token_owner_is_the_subject_that_covers_most() -> None:
+    masks = np.zeros((2, 16, 16), dtype=bool)
+    masks[0, :8, :8] = True
+    masks[1, 8:, :4] = True
+    masks[1, 8, 8] = True
+    assert data.token_owner(masks, 16, 16).tolist() == [0, -1, 1, -1]
+
+
+def test_packing_is_that_of_flux() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.arange(2 * 16 * 4 * 6, dtype=torch.float32).view(2, 16, 4, 6)
+    assert torch.equal(data.pack(latents), FluxPipeline._pack_latents(latents, 2, 16, 4, 6))
+
+
+@pytest.fixture(scope="module")
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(**build.TINY_FLUX.vae).eval()
+
+
+def test_whitening_keeps_reconstructions_and_gives_unit_covariance(tiny_vae: AutoencoderKL) -> None:
+    images = vae.sample_images(np.random.default_rng(0), 128, 32)
+    x = vae.images_to_tensor(images[:4])
+    with torch.no_grad():
+        before = tiny_vae.decode(tiny_vae.encode(x).latent_dist.mode()).sample
+        vae.whiten(tiny_vae, images)
+        after = tiny_vae.decode(tiny_vae.encode(x).latent_dist.mode()).sample
+        z = tiny_vae.encode(vae.images_to_tensor(images)).latent_dist.mode()
+    assert torch.allclose(before, after, atol=2e-3)
+    flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+    assert torch.allclose(flat.mean(0), torch.zeros(16), atol=1e-2)
+    assert torch.allclose(torch.cov(flat.T), torch.eye(16), atol=5e-2)
+
+
+def test_truth_of_tokens() -> None:
+    subject = world.WorldSubject("heart", "blue", "striped", 0.25, 0.25, 0.2)
+    scene = world.WorldScene((subject,), "gray")
+    owner = torch.from_numpy(data.token_owner(world.render(scene).masks, 64, 64))[None]
+    shard = data.Shard(64, 64, [scene], torch.zeros(1, 64, 64), owner, torch.zeros(1, 36, 64), torch.zeros(1))
+    told = data.truth(shard, np.array([0]))
+    centre = 1 * 8 + 1  # the token whose middle is (0.1875, 0.1875)
+    assert told["shape"][0, centre] == world.SHAPES.index("heart") + 1
+    assert told["color"][0, centre] == list(world.COLORS).index("blue") + 1
+    assert told["place"][0, centre].tolist() == pytest.approx([0.25, 0.25, 0.8])
+    assert told["shape"][0, -1] == 0
+    assert told["present"][0, -1] == 0
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_vae: AutoencoderKL) -> dict:
+    return {(64, 64): {n: data.make_shard(tiny_vae, n, n, 16, 64, 64, lambda _: None) for n in (1, 2, 3, 4)}}
+
+
+def new_flow(tiny_vae: AutoencoderKL) -> flow.Flow:
+    torch.manual_seed(0)
+    return flow.Flow(build.flux_pipeline(build.TINY_FLUX, vae=tiny_vae))
+
+
+def run(one: flow.Flow, shards: dict, seed: int, steps: int) -> list[float]:
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    return [one.step(flow.draw(shards, rng, 8, [(64, 64)], [1.0]), generator, 1.0) for _ in range(steps)]
+
+
+def test_training_learns_and_resumes_exactly(tiny_vae: AutoencoderKL, shards: dict) -> None:
+    one = new_flow(tiny_vae)
+    losses = run(one, shards, 0, 12)
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    state = one.state()
+    on = run(one, shards, 1, 2)
+    other = new_flow(tiny_vae)
+    other.load_state(state)
+    assert run(other, shards, 1, 2) == on
+
+
+def test_rate_falls_to_zero_in_the_last_quarter() -> None:
+    assert train.rate_factor(0, 0.0) < 0.01
+    assert train.rate_factor(50_000, 0.5) == 1
+    assert train.rate_factor(87_500, 0.875) == pytest.approx(0.5)
+    assert train.rate_factor(100_000, 1.0) == 0
+
+
+def test_orthogonalised_updates_have_singular_values_near_one() -> None:
+    from attnctrl.toybox.muon import orthogonalise
+
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 24, 48), (2, 48, 24)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=generator)))
+        assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_unknown_model_is_named_with_those_there_are() -> None:
+    with pytest.raises(AssetError, match=r"no embedded model 'toy-nothing'; there are: .*toy-flux"):
+        model_path("toy-nothing")
