@@ -1,7 +1,12 @@
-"""Shared by all tests: this folder on the import path (for `tiny`), and one thread, as tiny tensors only wait for further ones."""
+"""Shared by all tests: this folder on the import path (for `tiny`), one thread, and property tests that repeat exactly."""
 
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
 
+# tiny tensors only wait for further threads
 torch.set_num_threads(1)
+# a busy machine is no failure
+settings.register_profile("attnctrl", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("attnctrl")

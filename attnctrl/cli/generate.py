@@ -1,0 +1,189 @@
+"""`attnctrl generate`: pictures from scenes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnctrl.cli.output import Format, FormatOption, emit, hush, note, progress_bar
+
+if TYPE_CHECKING:
+    from attnctrl.pipelines.models import Model
+    from attnctrl.scene import Scene
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="toy-flux, a folder, or a hub id; otherwise the scene's.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; otherwise the best there is.")
+]
+
+
+class Dtype(str, Enum):
+    """Number formats of weights and arithmetic."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One scene to be drawn: `model` is loaded for it, one picture is written to each of `targets` (seed to path)."""
+
+    source: Path
+    scene: Scene
+    model: Model
+    targets: dict[int, Path]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def generate(
+    scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="Scene files, or PNGs that attnctrl made.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("out"),
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; else the scene's.")
+    ] = None,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=1, max=10_000, help="Pictures of each scene; seeds count up.")
+    ] = 1,
+    model: ModelOption = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=500, help="Denoising steps; else the scene's or model's.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Else float32 on the CPU, bfloat16 elsewhere.")] = None,
+    no_control: Annotated[
+        bool, typer.Option("--no-control", help="Leave the scene's controls out, to compare.")
+    ] = False,
+    form: FormatOption = Format.human,
+) -> None:
+    """Make pictures from scenes. Each PNG carries all that is needed to make it again.
+
+    Examples:
+
+      attnctrl generate examples/two_shapes.yaml -o out/ --num 4
+
+      attnctrl generate out/two_shapes-0.png -o again/
+    """
+    jobs = _jobs(scenes, output, seed, num, model, steps)
+    hush()
+    made: list[dict[str, Any]] = []
+    pipe: Any = None
+    loaded: tuple[Model, str | None] | None = None
+    for job in jobs:
+        wanted = (job.model, _dtype(dtype, job))
+        if wanted != loaded:
+            pipe, loaded = _load(job, device, wanted[1]), wanted
+        controlled = not no_control and bool(job.record.get("controlled", True))
+        for number, (seed_now, target) in enumerate(job.targets.items(), 1):
+            started = time.perf_counter()
+            with progress_bar(f"{job.source.stem} {number}/{len(job.targets)}", form) as advance:
+                picture = pipe(job.scene, [seed_now], controlled=controlled, progress=advance)[0]
+            picture.save(target)
+            seconds = round(time.perf_counter() - started, 3)
+            _compare(job, picture.record)
+            size = list(picture.image.size)
+            made.append(
+                {"path": str(target), "scene": str(job.source), "seed": seed_now, "size": size,
+                 "controlled": picture.controlled, "model": picture.record["model"], "seconds": seconds}
+            )  # fmt: skip
+            if form is not Format.json:
+                about = f"  seed {seed_now}  {size[0]} x {size[1]}  {seconds:.1f} s"
+                typer.echo(str(target) if form is Format.quiet else f"{target}{about}")
+    if form is Format.json:
+        emit(form, {"command": "generate", "images": made})
+
+
+def _jobs(
+    sources: list[Path], output: Path, seed: int | None, num: int, model: str | None, steps: int | None
+) -> list[_Job]:
+    """Everything that can be wrong with the request is found here, before a model is loaded."""
+    jobs: list[_Job] = []
+    taken: dict[Path, Path] = {source.resolve(): source for source in sources}
+    for source in sources:
+        scene, record = read_scene(source)
+        if steps is not None:
+            scene = scene.replace(steps=steps)
+        first = scene.seed if seed is None else seed
+        stem = source.stem.removesuffix(f"-{scene.seed}") if record else source.stem
+        targets = {first + i: output / f"{stem}-{first + i}.png" for i in range(num)}
+        for target in targets.values():
+            other = taken.setdefault(target.resolve(), source)
+            if other is not source or target.resolve() == source.resolve():
+                raise typer.BadParameter(f"{source} would write {target}, which belongs to {other}; choose another -o.")
+        found = model_for(scene, source, model)
+        jobs.append(_Job(source, scene, found, targets, record))
+    return jobs
+
+
+def model_for(scene: Scene, source: Path, option: str | None) -> Model:
+    """The model that --model names, else the scene's own. Raises `typer.BadParameter`, `AssetError`, `SceneError`."""
+    from attnctrl.pipelines.models import find_scene_model
+
+    return named_model(option) if option is not None else find_scene_model(scene.model, scene.folder or source.parent)
+
+
+def named_model(option: str) -> Model:
+    """The model that --model names. Raises `typer.BadParameter`."""
+    from attnctrl.errors import AssetError
+    from attnctrl.pipelines.models import find_model
+
+    try:
+        return find_model(option)
+    except AssetError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+
+
+def read_scene(source: Path) -> tuple[Scene, dict[str, Any]]:
+    """The scene in a scene file; of a PNG that attnctrl made, the scene and the record. Raises `SceneError`."""
+    if source.suffix.lower() == ".png":
+        from attnctrl.provenance import restore
+
+        return restore(source)
+    from attnctrl.scene import load_scene
+
+    return load_scene(source), {}
+
+
+def _dtype(asked: Dtype | None, job: _Job) -> str | None:
+    """The number format to use: the one asked for, else that of the picture to be made again, else the device's own."""
+    recorded = job.record.get("dtype")
+    return asked.value if asked else recorded if recorded in Dtype.__members__ else None
+
+
+def _load(job: _Job, device: str | None, dtype: str | None) -> Any:
+    import torch
+
+    from attnctrl.pipelines import ScenePipeline
+
+    checked = check_device(device)
+    return ScenePipeline.from_pretrained(job.model, device=checked, dtype=getattr(torch, dtype) if dtype else None)
+
+
+def check_device(device: str | None) -> str | None:
+    """`device` if this machine has it, as torch writes it. Raises `typer.BadParameter`."""
+    import torch
+
+    if device is None:
+        return None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"'{device}' cannot be used here: {reason}", param_hint="--device") from error
+    return device
+
+
+def _compare(job: _Job, record: dict[str, Any]) -> None:
+    """Say what differs from the run that a picture came from, if one is being made again."""
+    if job.record:
+        from attnctrl.provenance import differences
+
+        for line in differences(job.record, record):
+            note(f"not as when {job.source} was made: {line}")

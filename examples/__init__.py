@@ -1,0 +1,1 @@
+"""Scenes and scripts to run first; installed as `attnctrl.examples`."""
