@@ -17,49 +17,66 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attach import Handle, Report, attach
     from .controls import Control, Isolate, Regions
+    from .errors import (
+        AssetError,
+        AttnCtrlError,
+        ControlError,
+        LayoutError,
+        PlanError,
+        SceneError,
+        ScheduleError,
+        SelectionError,
+        SilentControlError,
+        UnsupportedModelError,
+    )
     from .explain import Explanation, explain
     from .layout import Region
     from .processors import ControlledAttnProcessor, IsolationAttnProcessor, RegionAttnProcessor, processors
     from .schedule import Sigma
 
-_NAMES = {
-    "Control": "controls",
-    "ControlledAttnProcessor": "processors",
-    "Explanation": "explain",
-    "Handle": "attach",
-    "Isolate": "controls",
-    "IsolationAttnProcessor": "processors",
-    "Region": "layout",
-    "RegionAttnProcessor": "processors",
-    "Regions": "controls",
-    "Report": "attach",
-    "Sigma": "schedule",
-    "attach": "attach",
-    "explain": "explain",
-    "processors": "processors",
-}
-_ERRORS = (
+__all__ = [
     "AssetError",
     "AttnCtrlError",
+    "Control",
     "ControlError",
+    "ControlledAttnProcessor",
+    "Explanation",
+    "Handle",
+    "Isolate",
+    "IsolationAttnProcessor",
     "LayoutError",
     "PlanError",
+    "Region",
+    "RegionAttnProcessor",
+    "Regions",
+    "Report",
     "SceneError",
     "ScheduleError",
     "SelectionError",
+    "Sigma",
     "SilentControlError",
     "UnsupportedModelError",
-)
-_NAMES.update(dict.fromkeys(_ERRORS, "errors"))
+    "attach",
+    "explain",
+    "processors",
+]
 
-__all__ = sorted(_NAMES)
+_HOMES = {
+    "attach": ("Handle", "Report", "attach"),
+    "controls": ("Control", "Isolate", "Regions"),
+    "explain": ("Explanation", "explain"),
+    "layout": ("Region",),
+    "processors": ("ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors"),
+    "schedule": ("Sigma",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 class _Package(ModuleType):
     """Keeps `attnctrl.attach` the function: importing the submodule of that name would put the module in its place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _NAMES and isinstance(value, ModuleType)):
+        if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
@@ -67,9 +84,9 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in __all__:
         raise AttributeError(f"module 'attnctrl' has no attribute '{name}'")
-    value = getattr(import_module(f".{_NAMES[name]}", __name__), name)
+    value = getattr(import_module(f".{_HOME.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value
 
