@@ -168,6 +168,8 @@ class Act:
     def __init__(self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: int) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
+        rows = [rows for rows, _ in self.parts if rows is not None]
+        self._order = torch.argsort(torch.cat(rows)) if rows else None
 
     @property
     def executors(self) -> tuple[str, ...]:
@@ -193,15 +195,10 @@ class Act:
                 f"The model passes its own attention mask {tuple(mask.shape)} to this layer, which plans do not merge "
                 "with. Leave the mask out, or express it as a control."
             )
-        if len(self.parts) == 1:
+        if self._order is None:
             return _run_part(self.parts[0][1], query, key, value, kernel, scale)
-        outputs = [
-            _run_part(part, query[rows], key[rows], value[rows], kernel, scale)
-            for rows, part in self.parts
-            if rows is not None
-        ]
-        order = torch.cat([rows for rows, _ in self.parts if rows is not None])
-        return torch.cat(outputs)[torch.argsort(order)]
+        outputs = [_run_part(part, query[rows], key[rows], value[rows], kernel, scale) for rows, part in self.parts]
+        return torch.cat(outputs)[self._order]
 
 
 def _has_bias(part: ExecutionPlan) -> bool:

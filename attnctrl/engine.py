@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Act, Row
+from .call import Row
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .families import Family, family_of
 from .layout import Layout, Region
 from .schedule import Moment, locate, run_sigmas
 from .select import Layer
-from .stack import Seat, Stack
+from .stack import Acts, Presence, Seat, Stack, Variant
 from .tap import Tap, backend_name, caches_blocks, check_model, execution_device, honours_masks
 
 __all__ = ["Engine", "Entry", "engine_of"]
@@ -85,9 +85,10 @@ class Engine:
         self._owner: list[Entry] = []
         self._run = _Run()
         self._ids: tuple[Any, Any, Layout] | None = None
-        self._pending: tuple[dict[str, tuple[Act, frozenset[int]]], Moment] | None = None
+        self._pending: tuple[Acts, Moment] | None = None
         self._warned: set[str] = set()
         self._appended: dict[str | None, int] = {}
+        self._text: tuple[Any, Tensor] | None = None
 
     def add(self, entry: Entry) -> None:
         """Let an entry act from the next forward on.
@@ -138,6 +139,11 @@ class Engine:
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Decide what acts in the forward that begins; None runs it as it is."""
+        # what is built here outlives this forward, and inference tensors could not serve a later one with gradients
+        with torch.inference_mode(False):
+            return self._before(arguments)
+
+    def _before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         self._pending = None
         present = self._present_layers()
         if not self.entries or not self.stack.seats:
@@ -189,7 +195,7 @@ class Engine:
         rows: list[tuple[int, tuple[int, ...]]],
         branch: str | None,
         moment: Moment,
-        present: list[frozenset[str] | None],
+        present: Presence,
     ) -> dict[str, Any]:
         if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
             raise UnsupportedModelError(
@@ -201,19 +207,19 @@ class Engine:
         variants, appended = self.stack.variants(layout, rows, lambda region: self._embeds(region).shape[0])
         self._note_length(branch, appended)
         if appended:
-            arguments = self.family.append_text(arguments, self._texts(arguments, variants, appended))
-        acts = self.stack.acts(variants, device, lambda i, layer: _is_on(present[i], layer))
+            arguments = self.family.append_text(arguments, self._texts(self.family.text(arguments), variants, appended))
+        acts = self.stack.acts(variants, device, present)
         self._warn_of_masks(acts)
         self.tap.assign({name: act for name, (act, _) in acts.items()})
         self._pending = (acts, moment)
         return arguments
 
-    def _present_layers(self) -> list[frozenset[str] | None]:
+    def _present_layers(self) -> Presence:
         """Per seat the layers its processors sit on, None for all; entries whose processors are gone leave."""
         for entry in list(self.entries):
             if entry.layers_present is not None and entry.layers_present() is None:
                 self.remove(entry)
-        return [owner.layers_present() if owner.layers_present is not None else None for owner in self._owner]
+        return tuple(None if owner.layers_present is None else owner.layers_present() for owner in self._owner)
 
     def _embeds(self, region: Region) -> Tensor:
         for entry in self.entries:
@@ -221,29 +227,35 @@ class Engine:
                 return entry.embeds(region, self.family)
         raise ControlError(f"Region '{region.label}' belongs to no attached control.")
 
-    def _texts(self, arguments: dict[str, Any], variants: Sequence[Any], appended: int) -> Tensor:
-        """The appended text of all rows: [B, appended, channels]."""
-        prompt = self.family.text(arguments)
-        made: dict[Any, Tensor] = {}
-        for variant in dict.fromkeys(variants):
-            text = prompt.new_zeros(appended, prompt.shape[-1])
-            start = 0
-            for _, region in self.stack.texts(variant.scene, variant.active):
-                embeds = self._embeds(region)
-                if embeds.shape[-1] != prompt.shape[-1]:
-                    raise LayoutError(
-                        f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "
-                        f"{prompt.shape[-1]}. Encode it with the model's own text encoder."
-                    )
-                text[start : start + len(embeds)] = embeds.to(device=prompt.device, dtype=prompt.dtype)
-                start += len(embeds)
-            made[variant] = text
-        return torch.stack([made[variant] for variant in variants])
+    def _texts(self, prompt: Tensor, variants: Sequence[Variant], appended: int) -> Tensor:
+        """The appended text of all rows, [B, appended, channels], put together once for all steps of a phase."""
+        key = (self.stack, tuple(variants), appended, prompt.shape[-1], prompt.device, prompt.dtype)
+        if self._text is not None and self._text[0] == key:
+            return self._text[1]
+        made = {variant: self._text_of(prompt, variant, appended) for variant in dict.fromkeys(variants)}
+        text = torch.stack([made[variant] for variant in variants])
+        # what carries gradients belongs to one graph
+        self._text = None if text.requires_grad else (key, text)
+        return text
+
+    def _text_of(self, prompt: Tensor, variant: Variant, appended: int) -> Tensor:
+        text = prompt.new_zeros(appended, prompt.shape[-1])
+        start = 0
+        for _, region in self.stack.texts(variant.scene, variant.active):
+            embeds = self._embeds(region)
+            if embeds.shape[-1] != prompt.shape[-1]:
+                raise LayoutError(
+                    f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "
+                    f"{prompt.shape[-1]}. Encode it with the model's own text encoder."
+                )
+            text[start : start + len(embeds)] = embeds.to(device=prompt.device, dtype=prompt.dtype)
+            start += len(embeds)
+        return text
 
     def _layout(self, arguments: dict[str, Any]) -> Layout:
         """The family's layout; ids of a run are one tensor, so they are read from the device once."""
         ids, text = arguments["img_ids"], self.family.text(arguments).shape[1]
-        key = (text, ids._version, arguments["hidden_states"].shape[1])
+        key = (text, arguments["hidden_states"].shape[1])
         if self._ids is None or self._ids[0] is not ids or self._ids[1] != key:
             self._ids = (ids, key, self.family.layout(arguments))
         return self._ids[2]
@@ -294,7 +306,7 @@ class Engine:
                 stacklevel=2,
             )
 
-    def _warn_of_masks(self, acts: dict[str, tuple[Act, frozenset[int]]]) -> None:
+    def _warn_of_masks(self, acts: Acts) -> None:
         for layer in self.layers:
             if layer.name not in acts or not acts[layer.name][0].needs_mask:
                 continue
@@ -344,10 +356,6 @@ def step_index(scheduler: Any) -> int:
     """The scheduler's step, also before its first one; past the last one after a run."""
     index = getattr(scheduler, "step_index", None)
     return index if index is not None else getattr(scheduler, "begin_index", None) or 0
-
-
-def _is_on(layers: frozenset[str] | None, name: str) -> bool:
-    return layers is None or name in layers
 
 
 def engine_of(model: nn.Module) -> Engine:

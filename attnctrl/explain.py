@@ -219,8 +219,9 @@ def _phase(
 
 def _by_acting(stack: Stack, variant: Variant) -> dict[tuple[int, ...], list[Layer]]:
     groups: dict[tuple[int, ...], list[Layer]] = {}
+    everywhere = (None,) * len(stack.seats)
     for layer in stack.layers:
-        groups.setdefault(stack.acting(variant, layer.name, lambda *_: True), []).append(layer)
+        groups.setdefault(stack.acting(variant, layer.name, everywhere), []).append(layer)
     return groups
 
 

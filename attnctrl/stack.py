@@ -16,7 +16,12 @@ from .layout import Layout, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, select
 
-__all__ = ["Seat", "Stack", "Variant"]
+__all__ = ["Acts", "Presence", "Seat", "Stack", "Variant"]
+
+Acts = dict[str, tuple[Act, frozenset[int]]]
+"""By layer: what it does, and the numbers of the seats that act there."""
+Presence = tuple[frozenset[str] | None, ...]
+"""By seat: the layers its processors sit on; None for all."""
 
 _CACHED_PLANS = 256
 
@@ -83,6 +88,7 @@ class Stack:
         self._members: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._situations: dict[tuple[int, Layout], Situation] = {}
         self._plans: dict[tuple[Variant, tuple[int, ...], torch.device], ExecutionPlan] = {}
+        self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence], Acts] = {}
 
     def _text_declaring(self) -> list[Control]:
         return [control for control in self._declaring if control.appends_text]
@@ -117,9 +123,9 @@ class Stack:
                 if branch is None:
                     raise ControlError(
                         f"'{control.name}' acts in branch '{control.branch}', but which guidance branch this forward "
-                        "is cannot be told: two texts came at one noise level. Run each branch in `with "
-                        "model.cache_context('cond'):` (or 'uncond'), attach to the pipeline, or give the control "
-                        "branch='all'."
+                        "is cannot be told: two texts came at one noise level, or its name is unknown. Run each branch "
+                        "in `with model.cache_context('cond'):` (or 'uncond'), attach to the pipeline, or give the "
+                        "control branch='all'."
                     )
                 if branch != control.branch:
                     continue
@@ -185,9 +191,10 @@ class Stack:
             self._members[key] = torch.cat(parts)
         return self._members[key]
 
-    def acting(self, variant: Variant, layer: str, present: Callable[[int, str], bool]) -> tuple[int, ...]:
+    def acting(self, variant: Variant, layer: str, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer."""
-        return tuple(i for i in variant.active if layer in self.seats[i].layers and present(i, layer))
+        on = ((i, present[i]) for i in variant.active if layer in self.seats[i].layers)
+        return tuple(i for i, layers in on if layers is None or layer in layers)
 
     def plan(self, variant: Variant, acting: tuple[int, ...], device: torch.device) -> ExecutionPlan | None:
         """The plan of a layer in which the seats `acting` act; None when the layer has nothing to do. Built once."""
@@ -206,13 +213,18 @@ class Stack:
         shown = {number for number, _ in self.texts(variant.scene, acting)}
         return frozenset(number for number, _ in self.texts(variant.scene, variant.active) if number not in shown)
 
-    def acts(
-        self, variants: Sequence[Variant], device: torch.device, present: Callable[[int, str], bool]
-    ) -> dict[str, tuple[Act, frozenset[int]]]:
-        """For each layer that has something to do: its act, and the seats that act there."""
+    def acts(self, variants: Sequence[Variant], device: torch.device, present: Presence) -> Acts:
+        """The acts of all layers that have something to do, for one variant per row of the batch. Built once."""
+        key = (tuple(variants), device, present)
+        if key not in self._acts:
+            _make_room(self._acts)
+            self._acts[key] = self._build_acts(key[0], device, present)
+        return self._acts[key]
+
+    def _build_acts(self, variants: tuple[Variant, ...], device: torch.device, present: Presence) -> Acts:
         rows = {variant: [i for i, v in enumerate(variants) if v == variant] for variant in dict.fromkeys(variants)}
         made: dict[tuple[tuple[int, ...], ...], tuple[Act, frozenset[int]] | None] = {}
-        acts = {}
+        acts: Acts = {}
         for layer in self.layers:
             key = tuple(self.acting(variant, layer.name, present) for variant in rows)
             if key not in made:

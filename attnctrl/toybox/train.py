@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=float("inf"), help="length of the schedule in minutes, if that ends earlier")
     p.add_argument("--mixed-sizes", action="store_true", help="other canvas sizes join in the last quarter")
     p.add_argument("--scenes", type=int, default=9_000, help="scenes rendered and encoded once")
-    p.add_argument("--batch", type=int, default=48)
+    p.add_argument("--batch", type=int, default=32)
     p.add_argument("--vae-steps", type=int, default=1700)
     p.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     p.add_argument("--grid-every", type=float, default=8, help="minutes between sample grids")

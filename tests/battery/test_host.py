@@ -410,6 +410,34 @@ def test_an_ip_adapter_reads_its_pictures_untouched() -> None:
         ac.processors(setting.model, ac.Isolate(scene))
 
 
+def test_inference_mode_first_and_gradients_after() -> None:
+    setting = flux()
+    expected = controlled(setting)
+    with ac.attach(setting.model, [ac.Isolate(regions()), ac.Regions(regions())]):
+        with torch.inference_mode():
+            inputs = {
+                name: value.clone() if torch.is_tensor(value) else value for name, value in setting.inputs.items()
+            }
+            first = setting.model(**inputs)[0]
+        latents = setting.inputs["hidden_states"].clone().requires_grad_()
+        second = setting.run(hidden_states=latents)
+        second.sum().backward()
+    assert torch.equal(first, second)
+    assert latents.grad.abs().min() > 0
+    assert not torch.equal(first, expected)
+
+
+def test_controls_whose_regions_leave_are_named() -> None:
+    setting = flux()
+    base = setting.run()
+    outer = ac.attach(setting.model, ac.Regions(regions()))
+    inner = ac.attach(setting.model, ac.Isolate())
+    with pytest.warns(UserWarning, match="stay attached can no longer act: 'isolate' needs regions"):
+        outer.detach()
+    assert torch.equal(setting.run(), base)
+    inner.detach()
+
+
 def test_the_random_state_is_left_alone() -> None:
     setting = flux()
     state = torch.random.get_rng_state()

@@ -1,0 +1,117 @@
+"""Running a toy model for the suites: loading by name, and prompts in batches with a generator for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Progress = Callable[[int, int], None]
+"""Called with (pictures done, pictures in all)."""
+Decorate = Callable[[int, int], Any]
+"""(start, stop) of a batch -> a context manager to be in while it runs."""
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A pipeline and the settings it wants.
+
+    Attributes:
+        pipe: a `FluxPipeline`.
+        size: (width, height) in pixels.
+        steps, guidance_scale, true_cfg_scale, max_sequence_length, negative_prompt: arguments of the pipeline.
+        batch: pictures that run at once.
+    """
+
+    pipe: Any
+    size: tuple[int, int] = (64, 64)
+    steps: int = 20
+    guidance_scale: float = 1.0
+    true_cfg_scale: float = 3.0
+    max_sequence_length: int = 40
+    negative_prompt: str = ""
+    batch: int = BATCH
+
+    @classmethod
+    def load(cls, model: str) -> Runner:
+        """The model called `model`, with the settings of its attnctrl.json.
+
+        Raises:
+            AssetError: There is no such model.
+        """
+        import torch
+
+        from attnctrl.pipelines.models import find_model, load_pipeline
+        from attnctrl.pipelines.scene import best_device
+
+        found, device = find_model(model), best_device()
+        pipe = load_pipeline(found, torch.float32 if device == "cpu" else torch.bfloat16, device)
+        known = {key: found.defaults[key] for key in cls.__dataclass_fields__ if key in found.defaults}
+        if "size" in known:
+            width, height = known["size"]
+            known["size"] = (int(width), int(height))
+        return cls(pipe, **known)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of image tokens."""
+        token = 2 * self.pipe.vae_scale_factor
+        return self.size[1] // token, self.size[0] // token
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        around: Decorate | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Pictures uint8 [H, W, 3], one for each prompt; each starts from its own seed whatever the batch.
+
+        Args:
+            prompts, seeds: equally many.
+            around: makes a context manager for the pictures [start, stop) of a batch, for controls.
+            progress: called after every batch with the number of pictures it held.
+        """
+        import torch
+
+        images: list[np.ndarray] = []
+        for start in range(0, len(prompts), self.batch):
+            stop = min(start + self.batch, len(prompts))
+            part = list(prompts[start:stop])
+            arguments: dict[str, Any] = {
+                "prompt": part,
+                "negative_prompt": [self.negative_prompt] * len(part) if self.true_cfg_scale > 1 else None,
+                "width": self.size[0],
+                "height": self.size[1],
+                "num_inference_steps": self.steps,
+                "guidance_scale": self.guidance_scale,
+                "true_cfg_scale": self.true_cfg_scale,
+                "max_sequence_length": self.max_sequence_length,
+                "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:stop]],
+                "output_type": "np",
+            }
+            if around is None:
+                drawn = self.pipe(**arguments).images
+            else:
+                with around(start, stop):
+                    drawn = self.pipe(**arguments).images
+            images.extend(np.rint(np.clip(drawn, 0, 1) * 255).astype(np.uint8))
+            if progress is not None:
+                progress(stop - start)
+        return images
+
+
+class Counter:
+    """Adds up what is done and tells it to a `Progress`."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+
+    def __call__(self, more: int) -> None:
+        self.done += more
+        if self.progress is not None:
+            self.progress(self.done, self.total)
