@@ -139,8 +139,10 @@ class Engine:
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Decide what acts in the forward that begins; None runs it as it is."""
-        # what is built here outlives this forward, and inference tensors could not serve a later one with gradients
-        with torch.inference_mode(False):
+        # what is built here outlives this forward, and inference tensors could not serve a later one with gradients;
+        # leaving inference mode would turn gradients on
+        with_gradients = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
             return self._before(arguments)
 
     def _before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:

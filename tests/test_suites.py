@@ -93,7 +93,9 @@ def test_controls_of_a_batch_have_the_regions_of_each_sample():
     tasks = [sample_task(0), sample_task(1)]
     isolate, regions = build_controls(CONTROL, tasks)
     assert (isolate.name, isolate.window, isolate.regions) == ("isolate", (0.0, 0.5), ())
-    assert [[r.prompt for r in scene] for scene in regions.regions] == [task.phrases for task in tasks]
+    assert [[r.prompt for r in scene] for scene in regions.regions] == [
+        [f"{phrase}, {task.background} background" for phrase in task.phrases] for task in tasks
+    ]
     assert [[r.box for r in scene] for scene in regions.regions] == [list(task.boxes) for task in tasks]
 
 
@@ -169,7 +171,9 @@ def test_pictures_do_not_depend_on_their_batch(runner):
 def test_runner_reads_the_settings_of_the_model_folder(monkeypatch, tmp_path):
     tiny = tiny_pipeline()
     tiny.save_pretrained(tmp_path)
-    (tmp_path / "attnctrl.json").write_text(json.dumps({"size": [96, 64], "steps": 7, "true_cfg_scale": 2.0, "other": 1}))
+    (tmp_path / "attnctrl.json").write_text(
+        json.dumps({"size": [96, 64], "steps": 7, "true_cfg_scale": 2.0, "other": 1})
+    )
     loaded = Runner.load(str(tmp_path))
     assert (loaded.size, loaded.steps, loaded.true_cfg_scale, loaded.max_sequence_length) == ((96, 64), 7, 2.0, 40)
     assert loaded.grid == (8, 12)

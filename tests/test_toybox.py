@@ -94,6 +94,11 @@ def test_every_word_is_one_token_and_the_longest_caption_fits() -> None:
         assert unknown not in t5(caption).input_ids
 
 
+def test_byte_pairs_take_the_commonest_pair_and_break_ties_by_the_alphabet() -> None:
+    assert text.byte_pairs(["aab", "aac"]) == [("a", "a"), ("aa", "b</w>"), ("aa", "c</w>")]
+    assert text.byte_pairs(["a"]) == []
+
+
 def test_token_owner_is_the_subject_that_covers_most() -> None:
     masks = np.zeros((2, 16, 16), dtype=bool)
     masks[0, :8, :8] = True

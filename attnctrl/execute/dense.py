@@ -72,11 +72,13 @@ class DensePlan(ExecutionPlan):
         known = (number, self._key_atom.device, dtype)
         if known in self._masks:
             return self._masks[known]
-        mask = row_bias(self._rows, self._layers[number].row_of, self._key_atom, dtype)
         # a tensor of a traced graph must not outlive the trace
-        if not torch.compiler.is_compiling():
-            self._masks[known] = mask
-        return mask
+        if torch.compiler.is_compiling():
+            return row_bias(self._rows, self._layers[number].row_of, self._key_atom, dtype)
+        # an inference tensor could not serve a later run with gradients
+        with torch.inference_mode(False), torch.no_grad():
+            self._masks[known] = row_bias(self._rows, self._layers[number].row_of, self._key_atom, dtype)
+        return self._masks[known]
 
 
 def _layers(terms: Terms) -> tuple[Layer, ...]:

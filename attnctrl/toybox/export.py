@@ -1,4 +1,4 @@
-"""Write a trained toy pipeline in the stock Diffusers format: bf16 safetensors plus the settings the model wants."""
+"""Write a trained toy pipeline in the stock Diffusers format: fp16 safetensors plus the settings the model wants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> Path:
-    """Save a bf16 copy of `pipeline` as `folder` (whole or not at all), with `attnctrl.json` of settings and facts.
+    """Save an fp16 copy of `pipeline` as `folder` (whole or not at all), with `attnctrl.json` of settings and facts.
 
     The live weights are not changed. A model card already in `folder` is kept.
     """
@@ -28,12 +28,14 @@ def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> 
     kept = [{k: v.detach().clone() for k, v in m.state_dict().items()} for m in modules]
     try:
         for module in modules:
-            module.to(torch.bfloat16)
+            module.to(torch.float16)
         pipeline.save_pretrained(temporary, safe_serialization=True)
     finally:
         for module, weights in zip(modules, kept):
             module.to(torch.float32)
             module.load_state_dict(weights)
+    for name in ("text_encoder", "text_encoder_2"):
+        _load_as_float32(temporary / name / "config.json")
     (temporary / "attnctrl.json").write_text(json.dumps({**SETTINGS, "training": facts}, indent=2) + "\n")
     for name in ("README.md", "samples.png"):
         if (folder / name).exists():
@@ -42,3 +44,10 @@ def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> 
         shutil.rmtree(folder)
     temporary.rename(folder)
     return folder
+
+
+def _load_as_float32(path: Path) -> None:
+    """transformers loads in the dtype that the config names, diffusers in float32; both must be the same by default."""
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")

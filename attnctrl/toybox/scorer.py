@@ -119,7 +119,7 @@ def _pieces(mask: np.ndarray, structure: np.ndarray | None = None) -> list[np.nd
 def _split(piece: np.ndarray, mask: np.ndarray, color: int, classes: Classes) -> list[Found]:
     """Subjects of one colour that touch: `piece` parted where it is thin; empty unless every part has a shape."""
     inside = piece & mask
-    for depth in (0, 1, 2):
+    for depth in range(6):
         core = ndimage.binary_erosion(inside, iterations=depth) if depth else inside
         labels, count = ndimage.label(core)
         if count < 2:

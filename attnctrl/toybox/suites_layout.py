@@ -62,7 +62,9 @@ class Task:
 
     @property
     def regions(self) -> list[Region]:
-        return [Region(phrase, box=box) for phrase, box in zip(self.phrases, self.boxes, strict=True)]
+        # a region reads nothing but its own text, so the text names the ground as well
+        texts = [f"{phrase}, {self.background} background" for phrase in self.phrases]
+        return [Region(text, box=box) for text, box in zip(texts, self.boxes, strict=True)]
 
 
 def sample_task(index: int) -> Task:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from .world import WORDS
@@ -24,23 +25,38 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_LENGTH)
 
 
+def byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges that make each word one piece, the commonest pair first and equal ones in alphabetical order.
+
+    `tokenizers.trainers.BpeTrainer` breaks ties at random, and token ids must be the same in every process.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for piece in pieces for pair in pairwise(piece)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        pieces = [_merged(piece, best) for piece in pieces]
+    return merges
+
+
+def _merged(piece: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for part in piece:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair tokenizer whose merges are trained until every word of the world is one token."""
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    alphabet = [chr(c) for c in range(33, 127)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    # A word a line, so that no space becomes part of a piece.
-    trained.train_from_iterator(list(WORDS) * 4, trainer)
-    model = json.loads(trained.to_str())["model"]
-    vocabulary: dict[str, int] = dict(model["vocab"])
-    for letter in alphabet:
-        vocabulary.setdefault(letter + "</w>", len(vocabulary))
-    vocabulary["<|startoftext|>"] = len(vocabulary)
-    vocabulary["<|endoftext|>"] = len(vocabulary)
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    """Byte-pair tokenizer in which every word of the world is one token, and printable letters the fallback."""
+    letters = [chr(c) for c in range(33, 127)]
+    merges = byte_pairs(WORDS)
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    vocabulary = {
+        piece: index for index, piece in enumerate([*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"])
+    }
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
 
 

@@ -183,7 +183,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m attnctrl.toybox.train", description=__doc__)
     p.add_argument("model", choices=["toy-flux"])
     p.add_argument("--samples", type=int, default=300_000, help="length of the schedule in samples")
-    p.add_argument("--minutes", type=float, default=float("inf"), help="length of the schedule in minutes, if that ends earlier")
+    p.add_argument(
+        "--minutes", type=float, default=float("inf"), help="length of the schedule in minutes, if that ends earlier"
+    )
     p.add_argument("--mixed-sizes", action="store_true", help="other canvas sizes join in the last quarter")
     p.add_argument("--scenes", type=int, default=9_000, help="scenes rendered and encoded once")
     p.add_argument("--batch", type=int, default=32)
