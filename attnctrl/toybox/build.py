@@ -1,4 +1,4 @@
-"""Making the toy pipelines from the real Diffusers classes: configurations, assembly, and tiny random ones for tests."""
+"""Making the toy pipelines from the real Diffusers classes: sizes, assembly, and tiny random ones for tests."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def flux_transformer(sizes: FluxSizes = TOY_FLUX) -> FluxTransformer2DModel:
 
 
 def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The rectified-flow scheduler of the toy models, with a constant shift for their few tokens."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.5, use_dynamic_shifting=False)
 
 

@@ -1,4 +1,4 @@
-"""Cached training data: renders encoded once by the VAE, with the truth of every token; captions are drawn at each use."""
+"""Cached training data: renders encoded once, with the truth of every token; captions are drawn at each use."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def scene_to_json(scene: world.WorldScene) -> str:
+    """One line of JSON."""
     return json.dumps(asdict(scene))
 
 
 def scene_from_json(text: str) -> world.WorldScene:
+    """The scene that `scene_to_json` wrote."""
     raw = json.loads(text)
     subjects = tuple(world.WorldSubject(**s) for s in raw["subjects"])
     return world.WorldScene(subjects, raw["background"], world.WorldStyle(**raw["style"]))
@@ -59,7 +61,7 @@ class Shard:
 
 
 def token_owner(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Index of the subject that covers most of each token (at least a fifth), else -1. `masks` [N, H, W] -> int8 [T]."""
+    """Subject that covers most of each token (at least a fifth), else -1. `masks` [N, H, W] -> int8 [T]."""
     n = len(masks)
     cells = masks.reshape(n, height // TOKEN_PIXELS, TOKEN_PIXELS, width // TOKEN_PIXELS, TOKEN_PIXELS).mean((2, 4))
     best = cells.argmax(0)

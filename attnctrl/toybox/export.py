@@ -31,7 +31,7 @@ def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> 
             module.to(torch.float16)
         pipeline.save_pretrained(temporary, safe_serialization=True)
     finally:
-        for module, weights in zip(modules, kept):
+        for module, weights in zip(modules, kept, strict=True):
             module.to(torch.float32)
             module.load_state_dict(weights)
     for name in ("text_encoder", "text_encoder_2"):

@@ -43,13 +43,15 @@ class Teacher(nn.Module):
     def forward(self, hidden: Tensor, target: dict[str, Tensor]) -> Tensor:
         parts = self.head(F.layer_norm(hidden, hidden.shape[-1:])).split([*self.sizes.values(), 3], dim=-1)
         loss = ((parts[-1] - target["place"]).square() * target["present"]).mean()
-        for name, logits in zip(self.sizes, parts):
+        for name, logits in zip(self.sizes, parts, strict=False):
             loss = loss + F.cross_entropy(logits.flatten(0, 1), target[name].flatten())
         return loss
 
 
 @dataclass
 class Batch:
+    """Clean tokens [B, T, 64], reference tokens or None, captions, text length, token grid, truth of the tokens."""
+
     tokens: Tensor
     reference: Tensor | None
     captions: list[str]
@@ -103,16 +105,14 @@ class Flow:
         self._hidden: list[Tensor] = []
         for block in (transformer.transformer_blocks[-1], transformer.single_transformer_blocks[1]):
             block.register_forward_hook(lambda _m, _a, out: self._hidden.append(out[1]))
-        matrices, rest = [], []
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
         for name, parameter in self.modules.named_parameters():
-            inner = (
-                "blocks." in name
-                and ".norm" not in name
-                or "encoder" in name
-                and "embed" not in name
-                and "shared" not in name
+            block = "blocks." in name and ".norm" not in name
+            encoder = "encoder" in name and "embed" not in name and "shared" not in name
+            (matrices if (block or encoder) and parameter.dim() == 2 and min(parameter.shape) > 16 else rest).append(
+                parameter
             )
-            (matrices if inner and parameter.dim() == 2 and min(parameter.shape) > 16 else rest).append(parameter)
         self.optimizers = [
             Muon(matrices, lr=muon_lr),
             torch.optim.AdamW([*rest, *self.teachers.parameters()], lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -152,12 +152,12 @@ class Flow:
             txt_ids=torch.zeros(batch.length, 3), img_ids=ids, return_dict=False,
         )[0][:, :count]  # fmt: skip
         flow = F.mse_loss(velocity, noise - clean)
-        taught = sum(teacher(h[:, :count], batch.truth) for teacher, h in zip(self.teachers, self._hidden))
-        return flow + 0.05 * taught, float(flow)
+        taught = sum(teacher(h[:, :count], batch.truth) for teacher, h in zip(self.teachers, self._hidden, strict=True))
+        return flow + 0.05 * taught, float(flow.detach())
 
     def step(self, batch: Batch, generator: torch.Generator, factor: float) -> float:
         """One update with learning rates scaled by `factor`; returns the flow loss."""
-        for group, rate in zip((g for o in self.optimizers for g in o.param_groups), self.rates):
+        for group, rate in zip((g for o in self.optimizers for g in o.param_groups), self.rates, strict=True):
             group["lr"] = rate * factor
         for o in self.optimizers:
             o.zero_grad(set_to_none=True)

@@ -1,12 +1,14 @@
 """Muon in float32, batched over matrices of equal shape.
 
-Orthogonalised momentum (K. Jordan et al., 2024) for the blocks' weight matrices. `torch.optim.Muon` runs its Newton-Schulz
-iteration matrix by matrix in bfloat16, which most CPUs emulate; here equal shapes are stacked into one batched product.
+Orthogonalised momentum (K. Jordan et al., 2024) for the blocks' weight matrices. `torch.optim.Muon` runs its
+Newton-Schulz iteration matrix by matrix in bfloat16, which most CPUs emulate; here equal shapes are stacked into one
+batched product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +46,13 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in shapes.items():
                 updates = []
                 for parameter in parameters:
+                    gradient: Any = parameter.grad
                     state = self.state[parameter]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(parameter)
                     buffer = state["momentum"]
-                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(parameter.grad.lerp(buffer, group["momentum"]).flatten(1))
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    updates.append(torch.lerp(gradient, buffer, group["momentum"]).flatten(1))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, update in zip(parameters, orthogonalise(torch.stack(updates))):
+                for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
                     parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)

@@ -1,14 +1,16 @@
 """Train a toy model from nothing: `python -m attnctrl.toybox.train toy-flux`.
 
-Everything is resumable: the VAE, the encoded scenes and the flow's checkpoint lie in the work folder; running the command
-again goes on from there. `--samples` sets the length of the schedule (constant rate, then a linear decay over the last
-quarter), so a finished run can be prolonged. `--minutes` stops earlier with a checkpoint and exports what is there.
+Everything is resumable: the VAE, the encoded scenes and the flow's checkpoint lie in the work folder; running the
+command again goes on from there. `--samples` sets the length of the schedule (constant rate, then a linear decay over
+the last quarter), so a finished run can be prolonged; `--minutes` ends the schedule earlier. At its end the model is
+exported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +38,23 @@ DECAY = 0.25
 """Share of the run, at its end, in which the rate falls to zero and other canvas sizes join."""
 
 GRID_PROMPTS = (
-    "a red circle", "a blue square", "a yellow star", "a green heart, black background",
-    "a striped purple triangle", "a large orange cross", "a dotted red heart, white background", "a checked blue circle",
-    "a red circle left, a blue square right", "a green star left, an orange heart right",
-    "a yellow triangle top, a purple cross bottom", "a red square, outlined style",
-    "a red star left, a green circle center, a blue heart right", "a blue star, hatched style",
-    "a purple circle, grainy style", "a red cross top left, a yellow circle top right, a green square bottom left, a blue star bottom right",
-)  # fmt: skip
+    "a red circle",
+    "a blue square",
+    "a yellow star",
+    "a green heart, black background",
+    "a striped purple triangle",
+    "a large orange cross",
+    "a dotted red heart, white background",
+    "a checked blue circle",
+    "a red circle left, a blue square right",
+    "a green star left, an orange heart right",
+    "a yellow triangle top, a purple cross bottom",
+    "a red square, outlined style",
+    "a red star left, a green circle center, a blue heart right",
+    "a blue star, hatched style",
+    "a purple circle, grainy style",
+    "a red cross top left, a yellow circle top right, a green square bottom left, a blue star",
+)
 
 
 def _bar() -> Progress:
@@ -53,11 +65,12 @@ def _bar() -> Progress:
 
 
 def rate_factor(done: int, share: float, warmup: int = 3200) -> float:
-    """Learning-rate factor after `done` samples and `share` of the run: linear warm-up, constant, linear decay to zero."""
+    """Learning-rate factor after `done` samples and `share` of the run: warm-up, constant, linear decay to zero."""
     return min(1.0, (done + 1) / warmup, max(0.0, (1 - share) / DECAY))
 
 
 def load_or_train_vae(work: Path, steps: int, seed: int) -> AutoencoderKL:
+    """The VAE in the work folder, trained first if there is none."""
     folder = work / "vae"
     if (folder / "config.json").exists():
         return AutoencoderKL.from_pretrained(folder).eval()
@@ -106,6 +119,7 @@ def sample_grid(flow: Flow, path: Path, seed: int = 1) -> None:
 
 
 def save_checkpoint(flow: Flow, folder: Path, done: int, seconds: float, generator: torch.Generator) -> None:
+    """Everything a resumed run needs, whole or not at all."""
     state = flow.state()
     state["generator"] = generator.get_state()
     temporary = folder / "checkpoint.tmp"
@@ -145,7 +159,7 @@ def run(args: argparse.Namespace) -> Path:
     flow.modules.train()
     began, last_grid, losses = time.monotonic(), time.monotonic(), []
     last_save = began
-    with _bar() as bar, open(folder / "log.jsonl", "a") as log:
+    with _bar() as bar, (folder / "log.jsonl").open("a") as log:
         task = bar.add_task(args.model, total=args.samples, completed=done, note="")
         while True:
             share = max(done / args.samples, (time.monotonic() - began) / (60 * args.minutes))
@@ -180,6 +194,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(prog="python -m attnctrl.toybox.train", description=__doc__)
     p.add_argument("model", choices=["toy-flux"])
     p.add_argument("--samples", type=int, default=300_000, help="length of the schedule in samples")
@@ -199,4 +214,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    print(run(parser().parse_args()))
+    sys.stdout.write(f"{run(parser().parse_args())}\n")

@@ -1,9 +1,8 @@
-"""Training the toy `AutoencoderKL` and whitening its latents, so that the flow models learn on a unit Gaussian scale."""
+"""Training the toy `AutoencoderKL` and whitening its latents, so that flow models learn on a unit Gaussian scale."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,23 @@ from diffusers import AutoencoderKL
 from . import world
 from .muon import Muon
 
-CONFIG: dict[str, Any] = dict(
-    in_channels=3, out_channels=3, latent_channels=16, layers_per_block=1, norm_num_groups=4,
-    block_out_channels=(24, 48, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    mid_block_add_attention=False, use_quant_conv=True, use_post_quant_conv=True, scaling_factor=1.0, shift_factor=0.0,
-    sample_size=64, force_upcast=False,
-)  # fmt: skip
+CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "block_out_channels": (24, 48, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "mid_block_add_attention": False,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "sample_size": 64,
+    "force_upcast": False,
+}
 
 
 def images_to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -42,7 +52,7 @@ def _crops(images: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarr
     half = images.shape[1] // 2
     rows, columns = rng.integers(0, half + 1, count), rng.integers(0, half + 1, count)
     picks = rng.integers(0, len(images), count)
-    return np.stack([images[p, r : r + half, c : c + half] for p, r, c in zip(picks, rows, columns)])
+    return np.stack([images[p, r : r + half, c : c + half] for p, r, c in zip(picks, rows, columns, strict=True)])
 
 
 def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
@@ -63,8 +73,8 @@ def train(
 ) -> AutoencoderKL:  # fmt: skip
     """Train from scratch on a pool of renders: L1 + L2 reconstruction, a light KL term. Returns the model in eval mode.
 
-    The first four fifths of the steps see crops of a quarter of the area, which cost a quarter; the rest see whole pictures,
-    so that group normalisation meets the statistics it has at use.
+    The first four fifths of the steps see crops of a quarter of the area, which cost a quarter; the rest see whole
+    pictures, so that group normalisation meets the statistics it has at use.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -83,7 +93,7 @@ def train(
     for step in range(steps):
         share = step / steps
         factor = min(1.0, (step + 1) / 30, 0.01 + 1.6 * (1 - share))
-        for group, rate in zip((g for o in optimizers for g in o.param_groups), rates):
+        for group, rate in zip((g for o in optimizers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * factor
         x = images_to_tensor(_crops(images, rng, batch) if share < 0.8 else images[rng.integers(0, pool, batch // 2)])
         x = x.contiguous(memory_format=torch.channels_last)
@@ -129,7 +139,3 @@ def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
     weight, bias = post.weight.double()[:, :, 0, 0], post.bias.double()
     post.weight.copy_((weight @ backward)[:, :, None, None])
     post.bias.copy_(bias + weight @ mu)
-
-
-def save(vae: AutoencoderKL, folder: Path) -> None:
-    vae.save_pretrained(folder, safe_serialization=True)

@@ -1,8 +1,8 @@
 """The toy world: what can stand in a picture, how it is drawn, and how it is told.
 
-A scene is data (`WorldScene`); `render` turns it into pixels with exact ground truth and is pure; `caption` tells it in
-words and may leave any attribute out, so that what a caption leaves open differs from seed to seed. All randomness comes
-from the `numpy.random.Generator` that is passed in.
+A scene is data (`WorldScene`); `render` turns it into pixels with exact ground truth and is pure; `caption` tells it
+in words and may leave any attribute out, so that what a caption leaves open differs from seed to seed. All randomness
+comes from the `numpy.random.Generator` that is passed in.
 
 Positions and radii are fractions: x of the width, y of the height (downwards), radius of the shorter side.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -91,14 +91,14 @@ class WorldScene:
 
 @dataclass(frozen=True)
 class Rendered:
-    """`image`: uint8 [H, W, 3]; `masks`: bool [N, H, W], visible pixels; `boxes`: float [N, 4], x0 y0 x1 y1 in fractions."""
+    """`image`: uint8 [H, W, 3]; `masks`: bool [N, H, W], visible pixels; `boxes`: [N, 4], x0 y0 x1 y1, fractions."""
 
     image: np.ndarray
     masks: np.ndarray
     boxes: np.ndarray
 
 
-@lru_cache(maxsize=None)
+@cache
 def _polygon(shape: str) -> np.ndarray | None:
     """Vertices [V, 2] of a shape within the unit circle, y downwards; None for the circle."""
     if shape == "circle":
@@ -129,7 +129,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.hypot(x, y) - 0.95
     best = np.full(x.shape, np.inf)
     inside = np.zeros(x.shape, dtype=bool)
-    for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, axis=0)):
+    for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, axis=0), strict=True):
         ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
         along = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0.0, 1.0)
         best = np.minimum(best, (wx - ex * along) ** 2 + (wy - ey * along) ** 2)
@@ -221,6 +221,7 @@ def sample_subject(
 
 
 def sample_style(rng: np.random.Generator) -> WorldStyle:
+    """A random style, with parameters that captions do not tell."""
     return WorldStyle(
         name=str(rng.choice(STYLES, p=(0.46, 0.18, 0.18, 0.18))), outline=str(rng.choice(list(OUTLINES))),
         hatch_angle=int(rng.choice(HATCH_ANGLES)), grain_seed=int(rng.integers(1 << 31)),
