@@ -25,9 +25,13 @@ def rates(subjects: int, count: int, size: tuple[int, int] = (64, 64), spoil: bo
         found = match(expected, reading.subjects)
         exact = len(reading.subjects) == subjects
         right["both"] += exact and all(map(agrees, expected, found))
-        right["pattern"] += all(f is not None and f.pattern == s.pattern for f, s in zip(found, scene.subjects, strict=True))
+        right["pattern"] += all(
+            f is not None and f.pattern == s.pattern for f, s in zip(found, scene.subjects, strict=True)
+        )
         right["background"] += reading.background == scene.background
-        right["sure_and_wrong"] += any(f and f.shape not in (None, s.shape) for f, s in zip(found, scene.subjects, strict=True))
+        right["sure_and_wrong"] += any(
+            f and f.shape not in (None, s.shape) for f, s in zip(found, scene.subjects, strict=True)
+        )
     return {name: value / count for name, value in right.items()}
 
 
@@ -39,7 +43,9 @@ def test_single_subjects_are_read():
     assert found["sure_and_wrong"] == 0
 
 
-@pytest.mark.parametrize(("subjects", "size"), [(2, (64, 64)), (4, (64, 64)), (3, (96, 64)), (1, (48, 48)), (1, (128, 128))])
+@pytest.mark.parametrize(
+    ("subjects", "size"), [(2, (64, 64)), (4, (64, 64)), (3, (96, 64)), (1, (48, 48)), (1, (128, 128))]
+)
 def test_several_subjects_and_other_sizes_are_read(subjects, size):
     assert rates(subjects, 15, size)["both"] >= 14 / 15
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from attnctrl.errors import AssetError
-from attnctrl.toybox import build, data, flow, model_path, text, train, vae, world
+from attnctrl.toybox import build, data, export, flow, model_path, text, train, vae, world
 
 
 def scenes(count: int, subjects: int, seed: int = 0) -> list[world.WorldScene]:
@@ -193,3 +193,41 @@ def test_orthogonalised_updates_have_singular_values_near_one() -> None:
 def test_unknown_model_is_named_with_those_there_are() -> None:
     with pytest.raises(AssetError, match=r"no embedded model 'toy-nothing'; there are: .*toy-flux"):
         model_path("toy-nothing")
+
+
+def test_a_run_without_checkpoint_starts_from_the_exported_weights(
+    tiny_vae: AutoencoderKL, shards: dict, tmp_path
+) -> None:
+    one = new_flow(tiny_vae)
+    assert train.warm_start(one, tmp_path / "nothing") == (0, 0.0)
+    run(one, shards, 0, 3)
+    with train.averaged(one):
+        export.export(one.pipeline, tmp_path / "model", {"samples": 24, "seconds": 5})
+    other = new_flow(tiny_vae)
+    assert train.warm_start(other, tmp_path / "model") == (24, 5.0)
+    for name, weight in one.average.items():
+        kept = weight.half().float() if weight.is_floating_point() else weight
+        assert torch.equal(other.modules.state_dict()[name], kept)
+        assert torch.equal(other.average[name], kept)
+
+
+def test_the_export_loads_in_one_dtype_and_draws_alike(tiny_vae: AutoencoderKL, tmp_path) -> None:
+    from diffusers import FluxPipeline
+
+    torch.manual_seed(0)
+    pipe = build.flux_pipeline(build.TINY_FLUX, vae=tiny_vae)
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    folder = export.export(pipe, tmp_path / "model", {"samples": 0, "seconds": 0})
+    assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
+    loaded = FluxPipeline.from_pretrained(folder)
+    modules = (loaded.transformer, loaded.vae, loaded.text_encoder, loaded.text_encoder_2)
+    assert {m.dtype for m in modules} == {torch.float32}
+    assert not (tmp_path / "model.tmp").exists()
+
+    def draw(one: FluxPipeline) -> np.ndarray:
+        one.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        options = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 40, "output_type": "np"}
+        return one("a red circle", generator=generator, **options).images[0]
+
+    assert np.abs(draw(loaded) - draw(pipe)).max() < 0.02

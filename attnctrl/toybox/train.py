@@ -1,9 +1,9 @@
 """Train a toy model from nothing: `python -m attnctrl.toybox.train toy-flux`.
 
 Everything is resumable: the VAE, the encoded scenes and the flow's checkpoint lie in the work folder; running the
-command again goes on from there. `--samples` sets the length of the schedule (constant rate, then a linear decay over
-the last quarter), so a finished run can be prolonged; `--minutes` ends the schedule earlier. At its end the model is
-exported.
+command again goes on from there, or from the exported weights where there is no checkpoint. `--samples` sets the length
+of the schedule (constant rate, then a linear decay over the last quarter), so a finished run can be prolonged;
+`--minutes` ends the schedule earlier. At its end the model is exported.
 """
 
 from __future__ import annotations
@@ -69,11 +69,13 @@ def rate_factor(done: int, share: float, warmup: int = 3200) -> float:
     return min(1.0, (done + 1) / warmup, max(0.0, (1 - share) / DECAY))
 
 
-def load_or_train_vae(work: Path, steps: int, seed: int) -> AutoencoderKL:
-    """The VAE in the work folder, trained first if there is none."""
+def load_or_train_vae(work: Path, exported: Path, steps: int, seed: int) -> AutoencoderKL:
+    """The VAE of the work folder, else that of the exported pipeline, else a newly trained one."""
     folder = work / "vae"
     if (folder / "config.json").exists():
         return AutoencoderKL.from_pretrained(folder).eval()
+    if (exported / "vae" / "config.json").exists():
+        return AutoencoderKL.from_pretrained(exported / "vae", torch_dtype=torch.float32).eval()
     with _bar() as bar:
         task = bar.add_task("vae", total=steps, note="")
         vae = train_vae(
@@ -142,19 +144,34 @@ def load_checkpoint(flow: Flow, folder: Path, generator: torch.Generator) -> tup
     return int(meta["done"]), float(meta["seconds"])
 
 
+def warm_start(flow: Flow, exported: Path) -> tuple[int, float]:
+    """The weights of an exported pipeline, for want of a checkpoint; samples and seconds that went into them."""
+    facts = exported / "attnctrl.json"
+    if not facts.exists():
+        return 0, 0.0
+    past = json.loads(facts.read_text())["training"]
+    for name, module in flow.modules.items():
+        saved = type(module).from_pretrained(exported / name, torch_dtype=torch.float32).state_dict()
+        module.load_state_dict(saved)
+    flow.average = {k: v.detach().clone() for k, v in flow.modules.state_dict().items()}
+    return int(past["samples"]), float(past["seconds"])
+
+
 def run(args: argparse.Namespace) -> Path:
     """Train (or go on) and export; returns the exported folder."""
     torch.manual_seed(args.seed)
     work = Path(args.work)
     folder = work / args.model
     folder.mkdir(parents=True, exist_ok=True)
-    vae = load_or_train_vae(work, args.vae_steps, args.seed)
+    vae = load_or_train_vae(work, Path(args.out), args.vae_steps, args.seed)
     shards = {MAIN_SIZE: load_shards(work, vae, MAIN_SIZE, args.scenes, args.seed)}
     pipeline = flux_pipeline(vae=vae)
     pipeline.set_progress_bar_config(disable=True)
     flow = Flow(pipeline)
     generator = torch.Generator().manual_seed(args.seed)
     done, spent = load_checkpoint(flow, folder, generator)
+    if not done and not args.fresh:
+        done, spent = warm_start(flow, Path(args.out))
     rng = np.random.default_rng([args.seed, done])
     flow.modules.train()
     began, last_grid, losses = time.monotonic(), time.monotonic(), []
@@ -205,6 +222,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scenes", type=int, default=9_000, help="scenes rendered and encoded once")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--vae-steps", type=int, default=1700)
+    p.add_argument(
+        "--fresh", action="store_true", help="do not start from the exported model where there is no checkpoint"
+    )
     p.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     p.add_argument("--grid-every", type=float, default=8, help="minutes between sample grids")
     p.add_argument("--seed", type=int, default=0)
