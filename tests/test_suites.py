@@ -92,7 +92,8 @@ def test_a_colour_on_the_wrong_shape_is_present_but_not_bound():
 def test_controls_of_a_batch_have_the_regions_of_each_sample():
     tasks = [sample_task(0), sample_task(1)]
     isolate, regions = build_controls(CONTROL, tasks)
-    assert (isolate.name, isolate.window, isolate.regions) == ("isolate", (0.0, 0.5), ())
+    assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "reads_all")
+    assert isolate.regions == ()
     assert [[r.prompt for r in scene] for scene in regions.regions] == [
         [f"{phrase}, {task.background} background" for phrase in task.phrases] for task in tasks
     ]

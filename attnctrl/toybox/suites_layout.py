@@ -21,11 +21,11 @@ from .suites_run import Counter, Progress, Runner
 
 Box = tuple[float, float, float, float]
 
-CONTROL: dict[str, dict[str, Any]] = {"isolate": {"window": (0.0, 0.5)}, "regions": {}}
+CONTROL: dict[str, dict[str, Any]] = {"isolate": {"window": (0.0, 0.5), "background": "reads_all"}, "regions": {}}
 """What acts in the suite: fields of each control. Isolation ends half-way, so that seams can heal."""
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "regions_only": {"regions": {}},
-    "isolated_always": {"isolate": {}, "regions": {}},
+    "isolated_always": {"isolate": {"background": "reads_all"}, "regions": {}},
 }
 """What else can be measured: without isolation, and with isolation that never ends."""
 BOX = 0.42
