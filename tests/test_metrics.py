@@ -26,6 +26,7 @@ def test_pixel_box_takes_pixels_by_their_centre():
 def test_inclusion_is_the_share_of_the_colour_that_is_inside():
     assert inclusion_ratio(COLORS, [LEFT], [0]) == 3 / 4
     assert inclusion_ratio(COLORS, [LEFT, RIGHT], [0, 1]) == (3 / 4 + 3 / 4) / 2
+    assert inclusion_ratio(COLORS, [(0.0, 0.0, 1.0, 0.5)], [0]) == 3 / 4
     assert inclusion_ratio(COLORS, [RIGHT], [0]) == 0
     assert inclusion_ratio(COLORS, [LEFT], [5]) == 0
 

@@ -111,6 +111,46 @@ def test_what_is_no_shape_gets_no_name(name):
     assert (found.shape, found.color) == (None, "red")
 
 
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_shape_that_the_edge_cuts_keeps_its_name(shape):
+    subject = world.WorldSubject(shape, "red", "solid", 0.12, 0.5, 0.22)
+    (found,) = read_picture(world.render(world.WorldScene((subject,), "white")).image).subjects
+    assert found.shape == shape
+    assert found.confidence > 0.82
+
+
+def test_a_small_blurred_star_is_a_star():
+    subject = world.WorldSubject("star", "green", "dotted", 0.5, 0.5, 0.15)
+    image = world.render(world.WorldScene((subject,), "gray")).image.astype(float)
+    soft = ndimage.gaussian_filter(image, (1.0, 1.0, 0)).astype(np.uint8)
+    assert [(f.shape, f.color) for f in read_picture(soft).subjects] == [("star", "green")]
+
+
+def test_lines_and_specks_are_no_subjects():
+    lines = np.zeros((64, 64), dtype=bool)
+    lines[30:32, 5:60] = True
+    assert read_picture(painted(lines)).subjects == ()
+    specks = np.zeros((64, 64), dtype=bool)
+    specks[::5, ::5] = True
+    assert (read_picture(painted(specks)).colors == -1).all()
+
+
+@pytest.mark.parametrize("outline", world.OUTLINES)
+@pytest.mark.parametrize("background", ["white", "gray", "black"])
+def test_outlines_show_no_colour(background, outline):
+    subject = world.WorldSubject("star", "blue", "striped", 0.5, 0.5, 0.25)
+    scene = world.WorldScene((subject,), background, world.WorldStyle("outlined", outline))
+    colors = read_picture(world.render(scene).image).colors
+    assert set(np.unique(colors)) == {-1, list(world.COLORS).index("blue")}
+
+
+@pytest.mark.parametrize("shift", [(12, 0, -16), (14, -14, 0)])
+def test_a_tinted_ground_is_still_the_ground(shift):
+    scene = world.WorldScene((world.WorldSubject("circle", "orange", "checked", 0.5, 0.5, 0.25),), "beige")
+    image = np.clip(world.render(scene).image.astype(int) + shift, 0, 255).astype(np.uint8)
+    assert [(f.shape, f.color) for f in read_picture(image).subjects] == [("circle", "orange")]
+
+
 def test_an_empty_picture_has_no_subjects():
     reading = read_picture(painted(np.zeros((64, 64), dtype=bool)))
     assert reading.subjects == ()
@@ -132,8 +172,9 @@ def test_match_prefers_whole_agreement():
     a, b = seen("circle", "red"), seen("circle", "blue")
     assert match([Expected("circle", "blue"), Expected("circle", "red")], [a, b]) == [b, a]
     # One whole agreement is worth more than two halves.
-    half, whole = seen("star", "red"), seen("circle", "red")
-    assert match([Expected("circle", "red"), Expected("star", "blue")], [half, whole]) == [whole, half]
+    expected = [Expected("circle", "red"), Expected("circle", "blue", "striped")]
+    whole, half = seen("circle", "red", "striped"), seen("star", "red")
+    assert match(expected, [half, whole]) == [whole, half]
 
 
 def test_match_leaves_out_what_is_missing():

@@ -21,6 +21,8 @@ MIN_AREA = 0.006
 """Smallest subject, as a share of the picture; the smallest star the world draws (radius 0.12) covers 0.0198."""
 MIN_OVERLAP = 0.8
 """Intersection over union that a shape needs to be named."""
+MIN_OVERLAP_STAR = 0.75
+"""The same for a star: it has twice the outline of a circle of its area, so that blur costs it twice as much."""
 MIN_LEAD = 0.025
 """Lead over the second best shape that a shape needs to be named."""
 
@@ -138,7 +140,8 @@ def _split(piece: np.ndarray, mask: np.ndarray, color: int, classes: Classes) ->
 def _describe(mask: np.ndarray, color: int, classes: Classes) -> Found:
     fits = fit_shapes(mask)
     (best, shape, _), (second, _, _) = fits[:2]
-    known = best >= MIN_OVERLAP and best - second >= MIN_LEAD
+    least = MIN_OVERLAP_STAR if shape == "star" else MIN_OVERLAP
+    known = best >= least and best - second >= MIN_LEAD
     return Found(
         shape=shape if known else None,
         color=COLOR_NAMES[color],
