@@ -180,6 +180,21 @@ def test_compiled_blocks_make_no_more_graphs_than_vanilla(door: Any) -> None:
     assert counter.frame_count == controlled_too
 
 
+def test_a_model_compiled_while_another_is_controlled_is_not_passed_over() -> None:
+    """The registry is wrapped already when it is compiled, so nothing but the note of tapped models tells its code apart."""
+    torch._dynamo.reset()
+    counter, other = CompileCounter(), flux(seed=1)
+    setting = Setting(tiny.flux(double=1, single=0), tiny.flux_inputs(), (4, 6), 5)
+    controls = ac.Isolate(regions())
+    with ac.attach(setting.model, controls):
+        expected = setting.run()
+    with ac.attach(other.model, controls):
+        setting.model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        assert (setting.run() - expected).abs().max() > 1e-2
+        with ac.attach(setting.model, controls):
+            assert (setting.run() - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("how", ["forward", *(pytest.param(how, marks=slow) for how in ("compile", "torch.compile"))])
 def test_whole_model_compiled(how: str) -> None:
     torch._dynamo.reset()
@@ -435,7 +450,8 @@ def test_controls_whose_regions_leave_are_named() -> None:
     with pytest.warns(UserWarning, match="stay attached can no longer act: 'isolate' needs regions"):
         outer.detach()
     assert torch.equal(setting.run(), base)
-    inner.detach()
+    with pytest.warns(UserWarning, match="acted in none"):
+        inner.detach()
 
 
 def test_the_random_state_is_left_alone() -> None:

@@ -136,7 +136,7 @@ def test_true_guidance_touches_its_branch_only(make: Any, branch: Any, pattern: 
     more = region_tokens(pipe, LEFT)
     with ac.attach(pipe, ac.Regions([LEFT], branch=branch)), lengths(pipe) as seen:
         generate(pipe, steps=steps, **GUIDED)
-        generate(pipe, steps=steps, **GUIDED)
+        generate(pipe, "a green star", steps=steps, **GUIDED)
         generate(pipe, steps=steps)
     both = [GRID + TEXT + more * on for on in pattern]
     assert seen == both * steps * 2 + [GRID + TEXT + more * (branch != "uncond")] * steps

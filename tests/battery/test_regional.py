@@ -162,6 +162,15 @@ def test_strength_goes_continuously_to_the_plain_model() -> None:
         assert (near_one - controlled(setting, *make(1.0))).abs().max() < 1e-2
 
 
+def test_declared_regions_serve_isolation_when_their_control_is_idle_or_over() -> None:
+    setting, scene = flux(), regions()
+    expected = controlled(setting, ac.Isolate(scene))
+    assert torch.equal(controlled(setting, ac.Isolate(), ac.Regions(scene, strength=0)), expected)
+    over = ac.Regions(scene, window=ac.Sigma(0.4, 0.0))  # the inputs stand at 0.5
+    with pytest.warns(UserWarning, match="'regions'.* acted in none"):
+        assert torch.equal(controlled(setting, ac.Isolate(), over), expected)
+
+
 def test_strength_of_a_single_region() -> None:
     """A region of strength 0 is as good as not declared; its tokens are background."""
     setting, scene = flux(), regions()
