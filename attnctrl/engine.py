@@ -17,7 +17,7 @@ from .layout import Layout, Region
 from .schedule import Moment, locate, run_sigmas
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
-from .tap import Tap, backend_name, caches_blocks, check_model, execution_device, honours_masks
+from .tap import MASKING, Tap, backend_name, check_model, execution_device
 
 __all__ = ["Engine", "Entry", "engine_of"]
 
@@ -156,6 +156,7 @@ class Engine:
         rows = self._rows(arguments, branch)
         active = {name: self.stack.active(moment, name) for name in {row.branch for row in rows}}
         if not any(active.values()):
+            self._note_length(branch, 0)
             return None
         return self._control(arguments, [(row.sample, active[row.branch]) for row in rows], branch, moment, present)
 
@@ -174,7 +175,7 @@ class Engine:
             return
         acts, moment = pending
         unmet = self.tap.unmet()
-        if unmet and not caches_blocks(self.model):
+        if unmet and not self._caches_blocks():
             raise SilentControlError(
                 f"{len(unmet)} of {len(acts)} controlled layers called no attention kernel that could be met: "
                 f"{', '.join(layer.name for layer in unmet[:4])}{', ...' if len(unmet) > 4 else ''}. Their processors "
@@ -297,23 +298,22 @@ class Engine:
         # pipelines repeat each prompt num_images_per_prompt times in a row
         return [Row(branch, index * scenes // batch) for index in range(batch)]
 
+    def _caches_blocks(self) -> bool:
+        """Diffusers' caching skips layers in some steps."""
+        return bool(getattr(self.model, "is_cache_enabled", False))
+
     def _note_length(self, branch: str | None, appended: int) -> None:
+        """Outputs that a cache kept of a longer or shorter sequence do not fit this one."""
         before, self._appended[branch] = self._appended.get(branch, appended), appended
-        if before != appended and caches_blocks(self.model) and "cache" not in self._warned:
-            self._warned.add("cache")
-            warnings.warn(
-                "The length of the text changes within the run while the model caches blocks between steps; cached "
-                "outputs of the other length may be reused. Let the controls' window span the whole run, or disable "
-                "the cache.",
-                stacklevel=2,
-            )
+        if before != appended and self._caches_blocks():
+            self.tap.reset_caches()
 
     def _warn_of_masks(self, acts: Acts) -> None:
         for layer in self.layers:
             if layer.name not in acts or not acts[layer.name][0].needs_mask:
                 continue
             name = backend_name(layer.module)
-            if not honours_masks(name) and name not in self._warned:
+            if name not in MASKING and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
                     f"The attention backend '{name}' cannot honour a mask, which soft or fine-grained controls need "

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,10 @@ from .call import Act
 from .errors import LayoutError, UnsupportedModelError
 from .select import Layer
 
-__all__ = ["Tap", "backend_name", "check_model", "close_scope", "execution_device", "honours_masks", "open_scope"]
+__all__ = ["MASKING", "Tap", "backend_name", "check_model", "close_scope", "execution_device", "open_scope"]
 
-_MASKING = frozenset({"native", "_native_efficient", "_native_math", "_native_cudnn", "_native_npu", "flex"})
+MASKING = frozenset({"native", "_native_efficient", "_native_math", "_native_cudnn", "_native_npu", "flex"})
+"""Attention backends that apply an additive mask [B, H, Tq, Tk] to every score."""
 
 
 class _Scope(threading.local):
@@ -89,7 +90,7 @@ def _meet(frame: list[Any], name: str, original: Callable[..., Tensor], call: di
     # the first kernel call of an attention module is the joint one, later ones read an IP-Adapter's pictures
     if number > 0:
         return original(**call)
-    masks = name in _MASKING
+    masks = name in MASKING
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
         given: dict[str, Any] = {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2)}
@@ -150,20 +151,10 @@ def backend_name(module: nn.Module) -> str:
     return str(getattr(chosen, "value", chosen))
 
 
-def honours_masks(name: str) -> bool:
-    """Whether a backend applies an additive mask [B, H, Tq, Tk] to every score."""
-    return name in _MASKING
-
-
 def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
     """Where the model will compute: accelerate's offload hooks may move inputs that come in elsewhere."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return tensor.device if device is None else torch.device(device)
-
-
-def caches_blocks(model: nn.Module) -> bool:
-    """Diffusers' caching skips layers in some steps."""
-    return bool(getattr(model, "is_cache_enabled", False))
 
 
 def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -194,12 +185,7 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
 def _dispatches(processor: Any) -> bool:
     inner = getattr(processor, "original", processor)
     code = getattr(getattr(type(inner), "__call__", None), "__code__", None)  # noqa: B004
-    return code is not None and "dispatch_attention_fn" in _names(code)
-
-
-def _names(code: Any) -> set[str]:
-    nested = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
-    return set(code.co_names).union(*(_names(constant) for constant in nested))
+    return code is not None and "dispatch_attention_fn" in code.co_names
 
 
 class Listener(Protocol):
@@ -231,7 +217,8 @@ class Tap:
         self.layers = tuple(layers)
         self.listener = listener
         self.branch: str | None = None
-        self._signature: Signature = signature(type(model).forward)
+        self._context: dict[str, Any] = {}
+        self._signature = signature(type(model).forward)
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
         self._shadow: Callable[..., Any] | None = None
@@ -256,9 +243,11 @@ class Tap:
     def install_hooks(self) -> None:
         """Open the scope by hooks on every attention layer."""
         self.remove_hooks()
-        for layer in self.layers:
-            self._layer_handles.append(layer.module.register_forward_pre_hook(open_scope))
-            self._layer_handles.append(layer.module.register_forward_hook(close_scope))
+        for module in (layer.module for layer in self.layers):
+            self._layer_handles += [
+                module.register_forward_pre_hook(open_scope),
+                module.register_forward_hook(close_scope),
+            ]
 
     def remove_hooks(self) -> None:
         """Take the hooks off the attention layers."""
@@ -292,6 +281,15 @@ class Tap:
         return tuple(
             layer for layer in self.layers if layer.module._attnctrl is not None and not layer.module._attnctrl_met
         )
+
+    def reset_caches(self) -> None:
+        """Forget what diffusers' caches hold of earlier steps, within the branch that is running."""
+        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+        model: Any = self.model
+        model._reset_stateful_cache()
+        if self.branch is not None:
+            _set_cache_context(model, CacheContext(self.branch, **self._context))
 
     def clear(self) -> None:
         """Back to idle between forwards."""
@@ -352,12 +350,12 @@ class Tap:
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-            outer, self.branch = self.branch, name
+            outer, self.branch, self._context = (self.branch, self._context), name, kwargs
             try:
                 with original(name, **kwargs):
                     yield
             finally:
-                self.branch = outer
+                self.branch, self._context = outer
 
         self._shadow, self._shadowed = cache_context, self.model.__dict__.get("cache_context")
         self.model.__dict__["cache_context"] = cache_context

@@ -28,7 +28,7 @@ from . import world
 from .build import flux_pipeline
 from .data import Shard, cached_shard
 from .export import export
-from .flow import Flow, draw
+from .flow import Flow, channel_weights, draw
 from .vae import train as train_vae
 
 MAIN_SIZE = (64, 64)
@@ -43,11 +43,11 @@ GRID_PROMPTS = (
     "a yellow star",
     "a green heart, black background",
     "a striped purple triangle",
-    "a large orange cross",
+    "a large yellow cross",
     "a dotted red heart, white background",
     "a checked blue circle",
     "a red circle left, a blue square right",
-    "a green star left, an orange heart right",
+    "a green star left, a red heart right",
     "a yellow triangle top, a purple cross bottom",
     "a red square, outlined style",
     "a red star left, a green circle center, a blue heart right",
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> Path:
     shards = {MAIN_SIZE: load_shards(work, vae, MAIN_SIZE, args.scenes, args.seed)}
     pipeline = flux_pipeline(vae=vae)
     pipeline.set_progress_bar_config(disable=True)
-    flow = Flow(pipeline)
+    flow = Flow(pipeline, channel_weights(shards[MAIN_SIZE][1].tokens[:512]))
     generator = torch.Generator().manual_seed(args.seed)
     done, spent = load_checkpoint(flow, folder, generator)
     if not done and not args.fresh:
@@ -219,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=float("inf"), help="length of the schedule in minutes, if that ends earlier"
     )
     p.add_argument("--mixed-sizes", action="store_true", help="other canvas sizes join in the last quarter")
-    p.add_argument("--scenes", type=int, default=9_000, help="scenes rendered and encoded once")
+    p.add_argument("--scenes", type=int, default=27_000, help="scenes rendered and encoded once")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--vae-steps", type=int, default=1700)
     p.add_argument(

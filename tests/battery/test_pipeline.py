@@ -14,6 +14,7 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 
 import attnctrl as ac
+from attnctrl.schedule import active_steps
 from attnctrl.toybox.build import tiny_pipeline
 
 PROMPT = "a red circle and a blue square"
@@ -194,6 +195,27 @@ def test_a_callback_that_changes_the_prompt_keeps_the_branches() -> None:
             **GUIDED,
         )
     assert seen == [plain + more, plain] * 3
+
+
+@pytest.mark.parametrize("window", [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("guided", [False, True])
+def test_with_a_cache_that_skips_blocks(window: Any, guided: bool) -> None:
+    """The cache is filled anew where the sequence changes its length, and used where it does not."""
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = tiny_pipeline()
+    steps, options = 6, GUIDED if guided else {}
+    stack = [ac.Isolate(window=window), ac.Regions([LEFT, RIGHT], window=window)]
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    with ac.attach(pipe, stack) as handle, lengths(pipe) as seen:
+        generate(pipe, steps=steps, **options)
+    more = region_tokens(pipe, LEFT, RIGHT)
+    computed = {(0.0, 1.0): [0], (0.0, 0.5): [0, 3], (0.5, 1.0): [0, 3]}[window]
+    acting = set(active_steps(window, [0.0] * steps))
+    cond = [GRID + TEXT + more * (step in acting) for step in computed]
+    expected = cond if not guided else [n for pair in zip(cond, [GRID + TEXT] * len(cond), strict=True) for n in pair]
+    assert seen == expected
+    assert handle.report().controls[1].steps == tuple(sorted(acting))
 
 
 def test_two_branches_on_a_bare_model_need_a_name() -> None:
