@@ -97,7 +97,7 @@ def painted(inside: np.ndarray) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("name", ["ellipse", "bar", "half circle", "squircle", "ring"])
+@pytest.mark.parametrize("name", ["ellipse", "bar", "half circle", "squircle", "ring", "blob"])
 def test_what_is_no_shape_gets_no_name(name):
     y, x = np.mgrid[-32:32, -32:32] + 0.5
     inside = {
@@ -105,6 +105,7 @@ def test_what_is_no_shape_gets_no_name(name):
         "bar": (abs(x) < 20) & (abs(y) < 5),
         "half circle": (np.hypot(x, y) < 20) & (y < -2),
         "squircle": (abs(x) / 16) ** 3.4 + (abs(y) / 16) ** 3.4 < 1,
+        "blob": np.hypot(x, y) < 15 * (1 + 0.1 * np.sin(3 * np.arctan2(y, x)) + 0.1 * np.cos(2 * np.arctan2(y, x) + 1)),
         "ring": (np.hypot(x, y) < 20) & (np.hypot(x, y) > 11),
     }[name]
     (found,) = read_picture(painted(inside)).subjects

@@ -15,14 +15,13 @@ from scipy.optimize import linear_sum_assignment
 
 from .scorer_color import COLOR_NAMES, Classes, classify
 from .scorer_shape import fit_patterns, fit_shapes
-from .world import mask_box
+from .world import SHAPES, mask_box
 
 MIN_AREA = 0.006
 """Smallest subject, as a share of the picture; the smallest star the world draws (radius 0.12) covers 0.0198."""
-MIN_OVERLAP = 0.8
-"""Intersection over union that a shape needs to be named."""
-MIN_OVERLAP_STAR = 0.75
-"""The same for a star: it has twice the outline of a circle of its area, so that blur costs it twice as much."""
+MIN_OVERLAP = {**dict.fromkeys(SHAPES, 0.8), "star": 0.75, "circle": 0.87}
+"""Intersection over union that a shape needs to be named. A star has twice the outline of a circle of its area, so blur
+costs it twice as much; a circle is what any melted blob resembles most, so it has to fit better."""
 MIN_LEAD = 0.025
 """Lead over the second best shape that a shape needs to be named."""
 
@@ -140,8 +139,7 @@ def _split(piece: np.ndarray, mask: np.ndarray, color: int, classes: Classes) ->
 def _describe(mask: np.ndarray, color: int, classes: Classes) -> Found:
     fits = fit_shapes(mask)
     (best, shape, _), (second, _, _) = fits[:2]
-    least = MIN_OVERLAP_STAR if shape == "star" else MIN_OVERLAP
-    known = best >= least and best - second >= MIN_LEAD
+    known = best >= MIN_OVERLAP[shape] and best - second >= MIN_LEAD
     return Found(
         shape=shape if known else None,
         color=COLOR_NAMES[color],
