@@ -137,7 +137,9 @@ class Handle:
             self._engine.remove(self._entry)
 
 
-def attach(pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None) -> Handle:
+def attach(
+    pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None, branches: Sequence[str] = ()
+) -> Handle:
     """Put controls on a pipeline or a model. They act from the next forward on, until `detach` or the end of `with`.
 
     Attaching again adds to what is there; the stacks act together and leave in any order.
@@ -147,6 +149,8 @@ def attach(pipe_or_model: Any, controls: Control | Sequence[Control], *, schedul
             text encoder (for the prompts of regions).
         controls: one control or a list; they compose in list order.
         scheduler: whose timesteps place the windows when a bare model is given.
+        branches: guidance branches of one batch in the order of its rows, such as ("uncond", "cond"), for a bare model
+            or a pipeline that does not tell whether it uses guidance.
 
     Raises:
         UnsupportedModelError: unknown model family, context parallelism, or processors whose kernel cannot be met.
@@ -154,7 +158,7 @@ def attach(pipe_or_model: Any, controls: Control | Sequence[Control], *, schedul
     """
     model, pipe = parts_of(pipe_or_model)
     engine = engine_of(model)
-    entry = Entry(as_controls(controls), pipe, scheduler)
+    entry = Entry(as_controls(controls), pipe, scheduler, branches=branches)
     engine.add(entry)
     return Handle(engine, entry)
 

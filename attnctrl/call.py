@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Kernel, Pass, plan
-from .layout import Group, Layout, Region, partition
+from .layout import Frame, Group, Layout, Region, partition
 from .visibility import Visibility, compose
 
 __all__ = ["Act", "Blend", "Row", "Situation", "build_passes", "build_plan"]
@@ -37,40 +37,44 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Situation:
-    """One sample's sequence in one phase of the run.
+    """One sample's sequence in one phase of the run, as the layers of one frame see it.
 
     Attributes:
-        layout: token ranges, with the texts that controls append in this phase.
+        frame: token ranges of queries and keys, with the texts that controls append in this phase.
         regions: all regions declared by the stack, whether their control acts in this phase or not.
         member: bool [regions, image tokens].
     """
 
-    layout: Layout
+    frame: Frame
     regions: tuple[Region, ...]
     member: Tensor
 
+    def _split(self, side: Layout) -> tuple[Tensor, tuple[Group, ...]]:
+        return partition(side, self.member, self.regions)
+
     @cached_property
-    def _partition(self) -> tuple[Tensor, tuple[Group, ...]]:
-        return partition(self.layout, self.member, self.regions)
+    def queries(self) -> tuple[Tensor, tuple[Group, ...]]:
+        """(atom int64 [query tokens], groups): the group of each query token, and the groups by number."""
+        return self._split(self.frame.queries)
 
-    @property
-    def atom(self) -> Tensor:
-        """int64 [tokens], the group of each token."""
-        return self._partition[0]
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups, numbered as in `atom`."""
-        return self._partition[1]
+    @cached_property
+    def keys(self) -> tuple[Tensor, tuple[Group, ...]]:
+        """The same of the key tokens; the same object in joint attention."""
+        return self.queries if self.frame.is_joint else self._split(self.frame.keys)
 
     def tabulate(self, weight: Callable[[Group, Group], float]) -> Visibility:
         """The visibility in which query group q sees key group k with `weight(q, k)` in [0, 1]."""
-        table = torch.tensor([[weight(q, k) for k in self.groups] for q in self.groups], dtype=torch.float64)
-        return Visibility.joint(self.atom, table.log(), [group.name for group in self.groups])
+        (rows, row_groups), (columns, column_groups) = self.queries, self.keys
+        table = torch.tensor([[weight(q, k) for k in column_groups] for q in row_groups], dtype=torch.float64)
+        names = tuple(group.name for group in row_groups)
+        if self.frame.is_joint:
+            return Visibility.joint(rows, table.log(), names)
+        return Visibility(rows, columns, table.log().float(), names, tuple(group.name for group in column_groups))
 
     def share(self, weight: Callable[[Group], float]) -> Tensor:
-        """float32 [tokens] from a number per group."""
-        return torch.tensor([weight(group) for group in self.groups])[self.atom]
+        """float32 [query tokens] from a number per group."""
+        atom, groups = self.queries
+        return torch.tensor([weight(group) for group in groups])[atom]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +116,7 @@ def build_passes(
     parts = [part for control, own in acting if (part := control.visibility(situation, own)) is not None]
     main = compose(*([tucked] if tucked is not None else []), *parts) if parts or tucked is not None else None
     if main is None:
-        main = Visibility.open(situation.layout.tokens)
+        main = situation.tabulate(lambda q, k: 1.0)
     blends = [blend for control, own in acting if (blend := control.blend(situation, own)) is not None]
     if not blends:
         return [Pass(main)]
@@ -141,7 +145,7 @@ def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
     def is_hidden(group: Group) -> bool:
         return group.kind == "pad" or (group.kind == "region_text" and group.index in hidden)
 
-    if not any(is_hidden(group) for group in situation.groups):
+    if not any(is_hidden(group) for _, groups in (situation.queries, situation.keys) for group in groups):
         return None
     return situation.tabulate(lambda q, k: float(q is k or not (is_hidden(q) or is_hidden(k))))
 
@@ -150,7 +154,9 @@ def _weighted(visibility: Visibility, share: Tensor) -> Pass:
     """The pass with its share per atom; atoms are split where tokens of one atom have different shares."""
     values, which = torch.unique(share, return_inverse=True)
     if len(values) > 1:
-        labels = Visibility.joint(which, torch.zeros(len(values), len(values)), [""] * len(values))
+        keys = which if visibility.is_joint else torch.zeros_like(visibility.key_atom)
+        blank = ("",) * (len(values) if visibility.is_joint else 1)
+        labels = Visibility(which, keys, torch.zeros(len(values), len(blank)), ("",) * len(values), blank)
         visibility = compose(visibility, labels)
     first = torch.full((len(visibility.query_names),), -1)
     first[visibility.query_atom.flip(0)] = torch.arange(len(share)).flip(0)
@@ -162,12 +168,17 @@ class Act:
 
     Attributes:
         parts: (rows int64 [n] or None for all, plan or None for untouched).
-        tokens: length of the sequence the plans are made for.
+        tokens: numbers of (queries, keys) that the plans are made for.
+        call: which of the module's kernel calls is meant; the others, such as those that read an IP-Adapter's
+            pictures, stay as they are.
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: int) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: tuple[int, int], call: int = 0
+    ) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
+        self.call = call
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
 
@@ -185,10 +196,10 @@ class Act:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
     ) -> Tensor:
         """The controlled attention of query, key, value [B, heads, tokens, head_dim]."""
-        if query.shape[2] != self.tokens or key.shape[2] != self.tokens:
+        if (query.shape[2], key.shape[2]) != self.tokens:
             raise PlanError(
-                f"The plan covers {self.tokens} tokens, but the kernel got {query.shape[2]} queries and {key.shape[2]} "
-                "keys. Another hook shortens or extends the sequence inside the model."
+                f"The plan covers {self.tokens[0]} queries and {self.tokens[1]} keys, but the kernel got "
+                f"{query.shape[2]} and {key.shape[2]}. Another hook shortens or extends the sequence inside the model."
             )
         if mask is not None:
             raise PlanError(

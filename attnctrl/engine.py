@@ -13,15 +13,17 @@ from .call import Row
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .families import Family, family_of
-from .layout import Layout, Region
-from .schedule import Moment, locate, run_sigmas
+from .kernels import MASKING, backend_name
+from .layout import Frames, Region
+from .schedule import Moment, locate, run_levels
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
-from .tap import MASKING, Tap, backend_name, check_model, execution_device
+from .tap import Tap, check_model, execution_device
 
 __all__ = ["Engine", "Entry", "engine_of"]
 
 _SEAT = "_attnctrl_engine"
+Branches = tuple[str | None, ...]
 
 
 class Entry:
@@ -32,6 +34,7 @@ class Entry:
         pipe: the pipeline, whose scheduler and text encoder are used; None for a bare model.
         scheduler: overrides the pipeline's.
         layers_present: names of the layers that its processors sit on; None when it opens layers by hooks.
+        branches: guidance branches of one batch, in the order of its rows; () finds them out.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class Entry:
         pipe: Any = None,
         scheduler: Any = None,
         layers_present: Callable[[], frozenset[str] | None] | None = None,
+        branches: Sequence[str] = (),
     ) -> None:
         self.controls = tuple(controls)
+        self.branches = tuple(branches)
         self.pipe = pipe
         self._scheduler = scheduler
         self.layers_present = layers_present
@@ -84,10 +89,10 @@ class Engine:
         self.stack = Stack((), self.layers, self.family.presets)
         self._owner: list[Entry] = []
         self._run = _Run()
-        self._ids: tuple[Any, Any, Layout] | None = None
+        self._measured: tuple[tuple[Any, ...], tuple[Any, ...], Frames] | None = None
         self._pending: tuple[Acts, Moment] | None = None
         self._warned: set[str] = set()
-        self._appended: dict[str | None, int] = {}
+        self._appended: dict[Branches, int] = {}
         self._text: tuple[Any, Tensor] | None = None
 
     def add(self, entry: Entry) -> None:
@@ -152,13 +157,14 @@ class Engine:
             return None
         scheduler = next((s for entry in self.entries if (s := entry.scheduler) is not None), None)
         moment = self._moment(arguments, scheduler)
-        branch = self._branch(arguments, scheduler, moment)
-        rows = self._rows(arguments, branch)
-        active = {name: self.stack.active(moment, name) for name in {row.branch for row in rows}}
+        branches = self._branches(arguments, scheduler)
+        rows = self._rows(arguments, branches)
+        active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
         if not any(active.values()):
-            self._note_length(branch, 0)
+            self._note_length(branches, 0)
             return None
-        return self._control(arguments, [(row.sample, active[row.branch]) for row in rows], branch, moment, present)
+        whose = [(row.sample, active[row.branch]) for row in rows]
+        return self._control(arguments, whose, branches, moment, present)
 
     def after(self, finished: bool) -> None:
         """Account for the forward that ended.
@@ -196,7 +202,7 @@ class Engine:
         self,
         arguments: dict[str, Any],
         rows: list[tuple[int, tuple[int, ...]]],
-        branch: str | None,
+        branches: Branches,
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
@@ -205,10 +211,10 @@ class Engine:
                 "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
                 "model.disable_gradient_checkpointing(), or run under torch.no_grad()."
             )
-        layout = self._layout(arguments)
-        device = execution_device(self.model, arguments["hidden_states"])
-        variants, appended = self.stack.variants(layout, rows, lambda region: self._embeds(region).shape[0])
-        self._note_length(branch, appended)
+        device = execution_device(self.model, arguments[self.family.hidden])
+        frames = self._frames(arguments)
+        variants, appended = self.stack.variants(frames, rows, lambda region: self._embeds(region).shape[0])
+        self._note_length(branches, appended)
         if appended:
             arguments = self.family.append_text(arguments, self._texts(self.family.text(arguments), variants, appended))
         acts = self.stack.acts(variants, device, present)
@@ -255,56 +261,86 @@ class Engine:
             start += len(embeds)
         return text
 
-    def _layout(self, arguments: dict[str, Any]) -> Layout:
-        """The family's layout; ids of a run are one tensor, so they are read from the device once."""
-        ids, text = arguments["img_ids"], self.family.text(arguments).shape[1]
-        key = (text, arguments["hidden_states"].shape[1])
-        if self._ids is None or self._ids[0] is not ids or self._ids[1] != key:
-            self._ids = (ids, key, self.family.layout(arguments))
-        return self._ids[2]
+    def _frames(self, arguments: dict[str, Any]) -> Frames:
+        """The family's frames; ids of a run are one tensor, so they are read from the device once."""
+        objects = tuple(arguments.get(name) for name in self.family.watch)
+        sizes = (self.family.text(arguments).shape[1], tuple(arguments[self.family.hidden].shape[1:]))
+        last = self._measured
+        if last is None or last[1] != sizes or any(a is not b for a, b in zip(last[0], objects, strict=True)):
+            measures = self.family.measure(self.model, arguments)
+            self._measured = last = (objects, sizes, self.family.arrange(self.model, measures))
+        return last[2]
 
     def _moment(self, arguments: dict[str, Any], scheduler: Any) -> Moment:
-        sigmas = self._run.sigmas(scheduler)
-        index = step_index(scheduler) if sigmas else None
+        marks, sigmas = self._run.levels(scheduler)
+        index = step_index(scheduler)
         if not self.stack.needs_position():
-            return locate(None, sigmas, index, 0.0)
+            step = index if index < len(sigmas) else None
+            return Moment(None if step is None else sigmas[step], step, sigmas)
         timestep = self.family.timestep(arguments).reshape(-1)
         levels = timestep.tolist()
         if max(levels) != min(levels):
             raise LayoutError(
-                f"Rows of one forward are at different noise levels ({min(levels):g} to {max(levels):g})."
+                f"Rows of one forward are at different noise levels (timesteps {min(levels):g} to {max(levels):g})."
             )
-        return locate(levels[0], sigmas, index, torch.finfo(timestep.dtype).eps)
+        rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        step = locate(levels[0], marks, index, rounding)
+        if step is not None:
+            return Moment(sigmas[step], step, sigmas)
+        return Moment(None if self.family.sigma is None else self.family.sigma(levels[0]), None, sigmas)
 
-    def _branch(self, arguments: dict[str, Any], scheduler: Any, moment: Moment) -> str | None:
-        if self.tap.branch is not None:
-            return self.tap.branch if self.tap.branch in self.family.branches else None
-        if all(seat.control.branch == "all" for seat in self.stack.seats):
-            return None
-        text = self.family.text(arguments)
+    def _branches(self, arguments: dict[str, Any], scheduler: Any) -> Branches:
+        """The guidance branches that this forward's batch holds, in the order of its rows; None where unknown."""
+        given = next((entry.branches for entry in self.entries if entry.branches), ())
+        if given:
+            return given
+        if self.tap.branch in self.family.branches:
+            return (self.tap.branch,)
+        batch = self.family.batch and self._batch(arguments)
+        if batch:
+            return batch
+        if self.tap.branch is not None or all(seat.control.branch == "all" for seat in self.stack.seats):
+            return (None,)
+        return (self._branch_by_text(arguments, scheduler),)
+
+    def _batch(self, arguments: dict[str, Any]) -> Branches:
+        """Branches of a family that batches them; () when this forward holds a single one."""
+        if arguments[self.family.hidden].shape[0] == 1 or arguments.get("skip_layers") is not None:
+            return ()
+        guided = next((found for entry in self.entries if (found := _guided(entry.pipe)) is not None), None)
+        if guided is None:
+            return (None,)
+        perturbed = any(getattr(entry.pipe, "do_perturbed_attention_guidance", False) for entry in self.entries)
+        order = tuple(name for name in self.family.batch if guided or name == "cond")
+        return (*order, "perturbed") if perturbed else order if guided else ()
+
+    def _branch_by_text(self, arguments: dict[str, Any], scheduler: Any) -> str | None:
+        text, (marks, _) = self.family.text(arguments), self._run.levels(scheduler)
         index = step_index(scheduler)
-        if index < len(moment.sigmas):
+        if index < len(marks):
             return self.family.branches[0 if self._run.is_first_text(self._run.timesteps, index, text) else 1]
         level = self.family.timestep(arguments).reshape(-1)[0].item()
         return self.family.branches[0] if self._run.is_first_text(None, level, text) else None
 
-    def _rows(self, arguments: dict[str, Any], branch: str | None) -> list[Row]:
-        batch, scenes = arguments["hidden_states"].shape[0], self.stack.scenes
-        if batch % scenes:
+    def _rows(self, arguments: dict[str, Any], branches: Branches) -> list[Row]:
+        batch, scenes = arguments[self.family.hidden].shape[0], self.stack.scenes
+        each, left = divmod(batch, len(branches))
+        if left or each % scenes:
+            parts = f" of {len(branches)} guidance branches ({', '.join(map(str, branches))})" * (len(branches) > 1)
             raise LayoutError(
-                f"The controls hold regions for {scenes} samples, but the batch has {batch} rows. Give one list of "
-                "regions per prompt, or one list for all."
+                f"The controls hold regions for {scenes} samples, but the batch has {batch} rows{parts}. Give one list "
+                "of regions per prompt, or one list for all."
             )
         # pipelines repeat each prompt num_images_per_prompt times in a row
-        return [Row(branch, index * scenes // batch) for index in range(batch)]
+        return [Row(branch, index * scenes // each) for branch in branches for index in range(each)]
 
     def _caches_blocks(self) -> bool:
         """Diffusers' caching skips layers in some steps."""
         return bool(getattr(self.model, "is_cache_enabled", False))
 
-    def _note_length(self, branch: str | None, appended: int) -> None:
+    def _note_length(self, branches: Branches, appended: int) -> None:
         """Outputs that a cache kept of a longer or shorter sequence do not fit this one."""
-        before, self._appended[branch] = self._appended.get(branch, appended), appended
+        before, self._appended[branches] = self._appended.get(branches, appended), appended
         if before != appended and self._caches_blocks():
             self.tap.reset_caches()
 
@@ -327,17 +363,17 @@ class _Run:
 
     def __init__(self) -> None:
         self.timesteps: Any = None
-        self._sigmas: tuple[float, ...] = ()
+        self._levels: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         self._place: tuple[Any, float] = (None, 0.0)
         self._first: Tensor | None = None
         self._second: Tensor | None = None
 
-    def sigmas(self, scheduler: Any) -> tuple[float, ...]:
-        """Noise levels of the scheduler's run; `set_timesteps` makes new tensors, so they are read once a run."""
+    def levels(self, scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(timesteps, sigmas) of the scheduler's run, read once a run: `set_timesteps` makes new tensors."""
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not self.timesteps:
-            self.timesteps, self._sigmas = timesteps, run_sigmas(scheduler)
-        return self._sigmas
+            self.timesteps, self._levels = timesteps, run_levels(scheduler)
+        return self._levels
 
     def is_first_text(self, run: Any, place: float, text: Tensor) -> bool:
         """Whether `text` is the first that came at this place of this run: the first branch in CFG order."""
@@ -358,6 +394,14 @@ def step_index(scheduler: Any) -> int:
     """The scheduler's step, also before its first one; past the last one after a run."""
     index = getattr(scheduler, "step_index", None)
     return index if index is not None else getattr(scheduler, "begin_index", None) or 0
+
+
+def _guided(pipe: Any) -> bool | None:
+    """Whether a pipeline's present run uses classifier-free guidance; None where it does not tell."""
+    try:
+        return bool(pipe.do_classifier_free_guidance)
+    except AttributeError:  # no pipeline, none of this property, or no run yet
+        return None
 
 
 def engine_of(model: nn.Module) -> Engine:

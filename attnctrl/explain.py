@@ -20,7 +20,7 @@ from .call import Situation, build_passes
 from .controls.base import Control
 from .execute import Pass
 from .families import Family, family_of
-from .layout import Grid, Layout, Region
+from .layout import Frames, Grid, Group, Measures, Region
 from .schedule import Moment
 from .select import Layer, describe
 from .stack import Stack, Variant
@@ -120,7 +120,7 @@ def explain(
     stack = Stack(whole, family.layers(model), family.presets)
     notes: list[str] = []
     size = grid or _grid(pipe, family, width, height)
-    layout = family.plan_layout(text_tokens, size, references)
+    frames = family.arrange(model, Measures(text_tokens, size, tuple(references)))
     levels = tuple(sigmas) if sigmas is not None else tuple(1 - i / steps for i in range(steps))
     if sigmas is None and any(not isinstance(control.window, tuple) for control in whole):
         notes.append(
@@ -133,7 +133,7 @@ def explain(
 
     scenes = tuple(
         tuple(
-            _phase(stack, layout, scene, numbers, [step for step, _ in steps_of], length)
+            _phase(stack, frames, scene, numbers, [step for step, _ in steps_of], length)
             for numbers, steps_of in groupby(enumerate(active), key=lambda item: item[1])
         )
         for scene in range(stack.scenes)
@@ -178,93 +178,107 @@ def _control(control: Control, stack: Stack, active: Sequence[tuple[int, ...]]) 
 
 
 def _phase(
-    stack: Stack, layout: Layout, scene: int, active: tuple[int, ...], steps: Sequence[int], length: Any
+    stack: Stack, frames: Frames, scene: int, active: tuple[int, ...], steps: Sequence[int], length: Any
 ) -> dict[str, Any]:
-    (variant,), _ = stack.variants(layout, [(scene, active)], length)
-    situation = stack.situation(variant)
+    (variant,), _ = stack.variants(frames, [(scene, active)], length)
     plans: list[dict[str, Any]] = []
-    per_layer: list[tuple[Layer, Tensor | None]] = []
-    for acting, layers in _by_acting(stack, variant).items():
-        plan = stack.plan(variant, acting, _CPU)
-        if plan is None:
-            per_layer += [(layer, None) for layer in layers]
-            continue
-        plans.append(
-            {
-                "layers": describe(layers),
-                "executor": plan.executor,
-                "density": plan.density,
-                "classes": plan.classes,
-                "bytes": plan.nbytes,
-                "explain": plan.explain(),
-            }
-        )
-        controls = [(stack.seats[i].control, stack.own(stack.seats[i].control, scene)) for i in acting]
-        passes = build_passes(situation, controls, stack.hidden(variant, acting))
-        per_layer += [(layer, _edges(situation, passes)) for layer in layers]
+    reads: list[tuple[str, Edges]] = []
+    for (frame, acting), layers in _by_acting(stack, variant).items():
+        situation, plan = stack.situation(variant, frame), stack.plan(variant, frame, acting, _CPU)
+        passes = None
+        if plan is not None:
+            plans.append(
+                {
+                    "layers": describe(layers),
+                    "executor": plan.executor,
+                    "density": plan.density,
+                    "classes": plan.classes,
+                    "bytes": plan.nbytes,
+                    "explain": plan.explain(),
+                }
+            )
+            controls = [(stack.seats[i].control, stack.own(stack.seats[i].control, scene)) for i in acting]
+            passes = build_passes(situation, controls, stack.hidden(variant, acting))
+        reads += [(layer.name, _edges(situation, passes)) for layer in layers]
     order = {layer.name: i for i, layer in enumerate(stack.layers)}
-    edges = [found for _, found in sorted(per_layer, key=lambda item: order[item[0].name])]
-    member = situation.member.sum(1).tolist()
+    edges = [found for _, found in sorted(reads, key=lambda item: order[item[0]])]
+    main = stack.situation(variant, variant.frames.items[0][0])
+    member = main.member.sum(1).tolist()
     return {
         "steps": _spans(steps),
         "controls": [stack.seats[i].control.name for i in active],
-        "tokens": {item.name: len(item) for item in variant.layout.ranges},
-        "regions": {region.label: int(n) for region, n in zip(situation.regions, member, strict=True)}
-        if active
-        else {},
+        "tokens": {name: len(item) for name, item in variant.frames.ranges.items()},
+        "regions": {region.label: int(n) for region, n in zip(main.regions, member, strict=True)} if active else {},
         "plans": plans,
-        "influence": _influence(situation, edges) if active else [],
+        "influence": _influence(edges) if active else [],
     }
 
 
-def _by_acting(stack: Stack, variant: Variant) -> dict[tuple[int, ...], list[Layer]]:
-    groups: dict[tuple[int, ...], list[Layer]] = {}
+def _by_acting(stack: Stack, variant: Variant) -> dict[tuple[str, tuple[int, ...]], list[Layer]]:
+    groups: dict[tuple[str, tuple[int, ...]], list[Layer]] = {}
     everywhere = (None,) * len(stack.seats)
     for layer in stack.layers:
-        groups.setdefault(stack.acting(variant, layer.name, everywhere), []).append(layer)
+        groups.setdefault((layer.frame, stack.acting(variant, layer.name, everywhere)), []).append(layer)
     return groups
 
 
-def _edges(situation: Situation, passes: Sequence[Pass]) -> Tensor:
-    """bool [G, G]: groups that read each other directly in any pass."""
-    count = len(situation.groups)
-    token = torch.empty(count, dtype=torch.int64)
-    token[situation.atom] = torch.arange(len(situation.atom))
-    edges = torch.zeros(count, count, dtype=torch.bool)
+Edges = dict[Group, frozenset[Group]]
+"""By group of queries: the groups of keys that it reads in a layer."""
+
+
+def _edges(situation: Situation, passes: Sequence[Pass] | None) -> Edges:
+    """Who reads whom directly in any pass; everyone everyone without passes."""
+    (row_atom, rows), (column_atom, columns) = situation.queries, situation.keys
+    if passes is None:
+        return {group: frozenset(columns) for group in rows}
+    edges = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+    row, column = _representatives(row_atom, len(rows)), _representatives(column_atom, len(columns))
     for one in passes:
-        atom = one.visibility.query_atom[token]
-        sees = one.visibility.log_weight[atom][:, atom].isfinite()
-        edges |= sees if one.weight is None else sees & (one.weight[atom] > 0)[:, None]
-    return edges
+        q, k = one.visibility.query_atom[row], one.visibility.key_atom[column]
+        sees = one.visibility.log_weight[q][:, k].isfinite()
+        edges |= sees if one.weight is None else sees & (one.weight[q] > 0)[:, None]
+    return {
+        group: frozenset(k for k, found in zip(columns, line, strict=True) if found)
+        for group, line in zip(rows, edges.tolist(), strict=True)
+    }
 
 
-def _influence(situation: Situation, edges: Sequence[Tensor | None]) -> list[str]:
+def _representatives(atom: Tensor, count: int) -> Tensor:
+    """A token of each group."""
+    token = torch.empty(count, dtype=torch.int64)
+    token[atom] = torch.arange(len(atom))
+    return token
+
+
+def _influence(layers: Sequence[Edges]) -> list[str]:
     """For each pair of regions' image groups: directly, after how many layers, or never."""
-    count = len(situation.groups)
-    reached = torch.eye(count, dtype=torch.bool)
-    after = torch.where(reached, 0, -1)
-    for number, layer in enumerate(edges, start=1):
-        step = (
-            torch.ones(count, count, dtype=torch.bool) if layer is None else layer | torch.eye(count, dtype=torch.bool)
-        )
-        reached = (step.float() @ reached.float()) > 0
-        after[reached & (after < 0)] = number
-    pictured = [i for i, group in enumerate(situation.groups) if group.kind == "image" and group.members]
+    reached: dict[Group, set[Group]] = {}
+    after: dict[tuple[Group, Group], int] = {}
+    for number, edges in enumerate(layers, start=1):
+        before = {group: {group} | reached.get(group, set()) for read in edges.values() for group in read}
+        for group, read in edges.items():
+            new = set().union(*(before[one] for one in read), reached.get(group, set()))
+            reached[group] = new
+            for one in new:
+                after.setdefault((group, one), number)
+    pictured = [group for group in dict.fromkeys(g for edges in layers for g in edges) if _is_region(group)]
     notes = []
-    for i in pictured:
-        for j in pictured:
-            if i == j or situation.groups[i].members & situation.groups[j].members:
+    for here in pictured:
+        for there in pictured:
+            if here == there or here.members & there.members:
                 continue
-            here, there, layers = situation.groups[i].name, situation.groups[j].name, int(after[i, j])
-            how = (
-                "never reads"
-                if layers < 0
-                else "reads"
-                if layers == 1
-                else f"indirectly reads, from layer {layers} on,"
-            )
-            notes.append(f"{here} {how} {there}")
+            notes.append(f"{here.name} {_how(after.get((here, there)))} {there.name}")
     return notes
+
+
+def _how(layer: int | None) -> str:
+    if layer is None:
+        return "never reads"
+    return "reads" if layer == 1 else f"indirectly reads, from layer {layer} on,"
+
+
+def _is_region(group: Group) -> bool:
+    return group.kind == "image" and bool(group.members)
 
 
 def _spans(steps: Sequence[int]) -> str:

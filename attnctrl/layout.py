@@ -11,6 +11,7 @@ import base64
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,26 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["Group", "Layout", "Overlap", "Region", "TokenRange", "coverage", "labels", "membership", "partition"]
+__all__ = [
+    "Frame",
+    "Frames",
+    "Grid",
+    "Group",
+    "Layout",
+    "Measures",
+    "Overlap",
+    "Region",
+    "TokenRange",
+    "coverage",
+    "labels",
+    "membership",
+    "partition",
+]
 
 Overlap = Literal["union", "priority", "background"]
-Grid = tuple[int, int]
+Kind = Literal["global", "region_text", "pad", "image", "reference", "register"]
+Grid = tuple[int, ...]
+"""(rows, columns) of a picture's tokens, or (frames, rows, columns) of a film's."""
 
 # a token is a region's own from half coverage on; the slack keeps exact halves inside in floating point
 _HALF = 0.5 - 1e-6
@@ -142,8 +159,17 @@ def _mask_tensor(mask: Any, label: str) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures."""
+
+    text: int
+    image: Grid
+    references: Sequence[Grid] = ()
+
+
+@dataclass(frozen=True)
 class TokenRange:
-    """Tokens [start, stop) of a sequence under one name; `grid` (h, w) when they are a picture in raster order."""
+    """Tokens [start, stop) of a sequence under one name; `grid` when they are a picture or a film in raster order."""
 
     name: str
     start: int
@@ -159,7 +185,8 @@ class Layout:
     """The token ranges of one forward, in sequence order without gaps.
 
     Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
-    "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs).
+    "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
+    tokens that stand for nothing).
     """
 
     ranges: tuple[TokenRange, ...]
@@ -169,18 +196,23 @@ class Layout:
         for item in self.ranges:
             if item.start != end or item.stop < item.start:
                 raise LayoutError(f"Token ranges must follow each other without gaps; found {self.ranges}.")
-            if item.grid is not None and item.grid[0] * item.grid[1] != len(item):
-                raise LayoutError(
-                    f"'{item.name}' has {len(item)} tokens but a grid of {item.grid[0]} x {item.grid[1]}."
-                )
+            if item.grid is not None and prod(item.grid) != len(item):
+                raise LayoutError(f"'{item.name}' has {len(item)} tokens but a grid of {by(item.grid)}.")
             end = item.stop
 
     @classmethod
-    def of(cls, *, text: int, image: Grid, references: Sequence[Grid] = ()) -> Layout:
-        """Text first, then the image, then references: the order of FLUX."""
-        sized: list[tuple[str, int, Grid | None]] = [("text.global", text, None), ("image", image[0] * image[1], image)]
-        sized += [(f"reference.{k}", h * w, (h, w)) for k, (h, w) in enumerate(references)]
-        return cls(_consecutive(sized))
+    def of(cls, *, order: Sequence[str] = ("text", "image", "references"), registers: int = 0, **sizes: Any) -> Layout:
+        """The given kinds of tokens in `order`: "text", "image", "references", "registers" (tokens that stand for
+        nothing). `sizes` are the fields of `Measures`.
+        """
+        measures = Measures(**sizes)
+        kinds: dict[str, list[tuple[str, int, Grid | None]]] = {
+            "text": [("text.global", measures.text, None)],
+            "image": [("image", prod(measures.image), measures.image)],
+            "references": [(f"reference.{k}", prod(grid), grid) for k, grid in enumerate(measures.references)],
+            "registers": [("registers", registers, None)],
+        }
+        return cls(_consecutive([item for kind in order for item in kinds[kind]]))
 
     @property
     def tokens(self) -> int:
@@ -202,16 +234,11 @@ class Layout:
 
     @property
     def grid(self) -> Grid:
-        """(h, w) of the image tokens."""
+        """Grid of the image tokens."""
         grid = self["image"].grid
         if grid is None:
             raise LayoutError("The image tokens have no grid; regions need one.")
         return grid
-
-    @property
-    def references(self) -> int:
-        """How many reference pictures the sequence holds."""
-        return sum(item.name.startswith("reference.") for item in self.ranges)
 
     def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Layout:
         """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text."""
@@ -232,12 +259,86 @@ def _consecutive(sized: Sequence[tuple[str, int, Grid | None]]) -> tuple[TokenRa
     return tuple(ranges)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Who stands in the rows and who in the columns of a layer's attention; one object for joint attention."""
+
+    queries: Layout
+    keys: Layout
+
+    @classmethod
+    def joint(cls, layout: Layout) -> Frame:
+        """Self-attention of one sequence."""
+        return cls(layout, layout)
+
+    @property
+    def is_joint(self) -> bool:
+        return self.queries is self.keys
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """(queries, keys)."""
+        return self.queries.tokens, self.keys.tokens
+
+    @property
+    def grid(self) -> Grid | None:
+        """Grid of the image tokens on either side; None where there are none."""
+        return next((side.grid for side in (self.queries, self.keys) if "image" in side), None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.queries or name in self.keys
+
+    def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Frame:
+        """As `Layout.with_texts`, on the sides that hold the prompt."""
+        queries = self.queries.with_texts(texts, pad)
+        return Frame(queries, queries if self.is_joint else self.keys.with_texts(texts, pad))
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of one forward by name; layers name theirs. The first is the one that reports speak of."""
+
+    items: tuple[tuple[str, Frame], ...]
+
+    @classmethod
+    def of(cls, **frames: Frame) -> Frames:
+        return cls(tuple(frames.items()))
+
+    def __getitem__(self, name: str) -> Frame:
+        return dict(self.items)[name]
+
+    @property
+    def main(self) -> Frame:
+        return self.items[0][1]
+
+    @property
+    def ranges(self) -> dict[str, TokenRange]:
+        """All ranges by name, at the sizes of the first frame that holds them."""
+        found: dict[str, TokenRange] = {}
+        for _, frame in self.items:
+            for item in (*frame.queries.ranges, *frame.keys.ranges):
+                found.setdefault(item.name, item)
+        return found
+
+    def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Frames:
+        """All frames after texts were appended to the prompt."""
+        return Frames(tuple((name, frame.with_texts(texts, pad)) for name, frame in self.items))
+
+
+def by(grid: Grid) -> str:
+    """A grid for people: "24 x 36"."""
+    return " x ".join(map(str, grid))
+
+
 def coverage(region: Region, grid: Grid) -> Tensor:
-    """The share of each token's square that the region covers: float64 [h, w] in [0, 1], exact for boxes and masks."""
-    height, width = grid
+    """The share of each token's square that the region covers: float64 [h, w] in [0, 1], exact for boxes and masks.
+
+    A film's region covers the same squares in every frame.
+    """
+    height, width = grid[-2:]
     if region.mask is not None:
         mask = region.mask.to(torch.float64)
-        rows, columns = (_resample(source, target) for source, target in zip(mask.shape, grid, strict=True))
+        rows, columns = (_resample(source, target) for source, target in zip(mask.shape, grid[-2:], strict=True))
         return rows @ mask @ columns.T
     x0, y0, x1, y1 = region.box or (0.0, 0.0, 1.0, 1.0)
     return torch.outer(_overlap(y0 * height, y1 * height, height), _overlap(x0 * width, x1 * width, width))
@@ -265,7 +366,7 @@ def labels(region: Region, grid: Grid) -> Tensor:
 
 
 def membership(regions: Sequence[Region], grid: Grid, overlap: Overlap = "union") -> Tensor:
-    """Which image token is in which region: bool [R, h*w].
+    """Which image token is in which region: bool [R, tokens of the grid].
 
     Args:
         overlap: "union", a token may be in several regions; "priority", later regions lie on top of earlier ones;
@@ -275,8 +376,8 @@ def membership(regions: Sequence[Region], grid: Grid, overlap: Overlap = "union"
         LayoutError: when the policy leaves a region without a token.
     """
     if not regions:
-        return torch.zeros(0, grid[0] * grid[1], dtype=torch.bool)
-    member = torch.stack([labels(region, grid).flatten() for region in regions])
+        return torch.zeros(0, prod(grid), dtype=torch.bool)
+    member = torch.stack([labels(region, grid).flatten().repeat(prod(grid[:-2])) for region in regions])
     if overlap == "priority":
         above = member.flip(0).cumsum(0).flip(0) - member.long()
         member = member & (above == 0)
@@ -285,7 +386,7 @@ def membership(regions: Sequence[Region], grid: Grid, overlap: Overlap = "union"
     empty = [region.label for region, tokens in zip(regions, member.sum(1).tolist(), strict=True) if tokens == 0]
     if empty:
         raise LayoutError(
-            f"With overlap='{overlap}' on a grid of {grid[0]} x {grid[1]} tokens nothing is left of: "
+            f"With overlap='{overlap}' on a grid of {by(grid)} tokens nothing is left of: "
             f"{', '.join(empty)}. Move the regions apart, reorder them, or use overlap='union'."
         )
     return member
@@ -296,13 +397,13 @@ class Group:
     """Tokens that every control treats alike.
 
     Attributes:
-        kind: "global" or "region_text" or "pad" (text), "image" (a cell of the picture), "reference".
+        kind: "global" or "region_text" or "pad" (text), "image" (a cell of the picture), "reference", "register".
         index: number of the region (region_text) or of the reference; -1 otherwise.
         members: regions that hold these tokens; empty means uncovered, or a reference that is open to all.
         name: for messages and reports.
     """
 
-    kind: Literal["global", "region_text", "pad", "image", "reference"]
+    kind: Kind
     index: int = -1
     members: frozenset[int] = field(default_factory=frozenset)
     name: str = ""
@@ -318,16 +419,7 @@ def partition(layout: Layout, member: Tensor, regions: Sequence[Region]) -> tupl
 
     Returns:
         (atom int64 [tokens], groups): `groups[atom[t]]` holds token t.
-
-    Raises:
-        LayoutError: when a region is bound to a reference that the sequence does not hold.
     """
-    for region in regions:
-        if region.reference is not None and region.reference >= layout.references:
-            raise LayoutError(
-                f"Region '{region.label}' is bound to reference {region.reference}, but this forward holds "
-                f"{layout.references} reference(s). Pass the picture to the pipeline, or leave `reference` unset."
-            )
     atom = torch.empty(layout.tokens, dtype=torch.int64)
     groups: list[Group] = []
 
@@ -340,7 +432,9 @@ def partition(layout: Layout, member: Tensor, regions: Sequence[Region]) -> tupl
             continue
         span = slice(item.start, item.stop)
         if item.name == "image":
-            cells, inverse = torch.unique(member.T, dim=0, return_inverse=True)
+            # a further column, alike for all, keeps `unique` content where there are no regions
+            marked = torch.cat([member.T, torch.zeros(len(item), 1, dtype=torch.bool)], dim=1)
+            cells, inverse = torch.unique(marked, dim=0, return_inverse=True)
             for cell in range(len(cells)):
                 members = frozenset(cells[cell].nonzero().flatten().tolist())
                 names = " + ".join(regions[r].label for r in sorted(members))
@@ -354,8 +448,9 @@ def partition(layout: Layout, member: Tensor, regions: Sequence[Region]) -> tupl
         elif item.name.startswith("text.region"):
             index = int(item.name.removeprefix("text.region"))
             atom[span] = add(Group("region_text", index, frozenset([index]), f"text of {regions[index].label}"))
-        elif item.name == "text.pad":
-            atom[span] = add(Group("pad", name="padding"))
+        elif item.name in ("text.pad", "registers"):
+            kind: Kind = "pad" if item.name == "text.pad" else "register"
+            atom[span] = add(Group(kind, name={"pad": "padding"}.get(kind, "registers")))
         else:
             atom[span] = add(Group("global", name="prompt"))
     return atom, tuple(groups)

@@ -18,8 +18,9 @@ from torch import nn
 from .controls import Control, Isolate, Regions
 from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
+from .kernels import close_scope, open_scope
 from .select import select
-from .tap import check_model, close_scope, open_scope
+from .tap import check_model
 
 __all__ = ["ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors"]
 
@@ -80,7 +81,9 @@ _NAMED: dict[type[Control], type[ControlledAttnProcessor]] = {
 _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}
 
 
-def processors(pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None) -> dict[str, Any]:
+def processors(
+    pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None, branches: Sequence[str] = ()
+) -> dict[str, Any]:
     """Processors for `model.set_attn_processor`, by the names that Diffusers uses.
 
     Layers that no control touches keep their own processor. The controls act while at least one of the processors is
@@ -90,6 +93,7 @@ def processors(pipe_or_model: Any, controls: Control | Sequence[Control], *, sch
         pipe_or_model: a pipeline, or its transformer; the pipeline brings scheduler and text encoder.
         controls: one control or a stack.
         scheduler: for windows on a bare model.
+        branches: guidance branches of one batch, as for `attach`.
 
     Raises:
         UnsupportedModelError: also for processors with weights of their own, which cannot be wrapped; `attach` can.
@@ -109,7 +113,7 @@ def processors(pipe_or_model: Any, controls: Control | Sequence[Control], *, sch
         )
     kind = _NAMED.get(type(stack[0]), ControlledAttnProcessor) if len(stack) == 1 else ControlledAttnProcessor
     alive: weakref.WeakSet[ControlledAttnProcessor] = weakref.WeakSet()
-    entry = Entry(stack, pipe, scheduler, _presence(engine, alive))
+    entry = Entry(stack, pipe, scheduler, _presence(engine, alive), branches)
     made = {}
     for layer in engine.layers:
         processor = layer.module.processor

@@ -21,6 +21,7 @@ __all__ = [
     "is_active",
     "is_full",
     "locate",
+    "run_levels",
     "window_from_json",
     "window_to_json",
 ]
@@ -28,7 +29,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sigma:
-    """A window over noise levels: acts while low < sigma <= high. Sigma is 1 at pure noise in flow models."""
+    """A window over noise levels: acts while low < sigma <= high.
+
+    Sigma is 1 at pure noise in flow models, about 14.6 in Stable Diffusion 1.5 and XL (the scheduler's own sigmas).
+    """
 
     high: float
     low: float = 0.0
@@ -47,7 +51,7 @@ class Moment:
     """Where one forward stands in the run.
 
     Attributes:
-        sigma: the noise level; None when nothing needed it.
+        sigma: the noise level; None when nothing needed it or it is unknown.
         step: index of the step in the scheduler's run; None without a scheduler.
         sigmas: noise levels of all steps of the run, empty without a scheduler.
     """
@@ -131,43 +135,42 @@ def is_active(window: Window, moment: Moment, label: str = "control") -> bool:
 def _why_unknown(moment: Moment) -> str:
     if not moment.sigmas:
         return "there is no scheduler with timesteps"
-    return f"sigma {moment.sigma:.4g} is none of the scheduler's {moment.steps} noise levels"
+    return f"this forward's timestep is none of the scheduler's {moment.steps}"
 
 
-def run_sigmas(scheduler: Any) -> tuple[float, ...]:
-    """Noise levels of the steps of the scheduler's present run; empty without scheduler or before `set_timesteps`."""
-    sigmas = getattr(scheduler, "sigmas", None)
+def run_levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(timesteps, sigmas) of the steps of the scheduler's present run; empty without scheduler or `set_timesteps`.
+
+    Schedulers without sigmas (DDIM, PNDM, DDPM) have those of their `alphas_cumprod`: sqrt((1 - a) / a), as the others
+    have at the same timesteps. They range from about 14.6 down to 0 in Stable Diffusion, from 1 to 0 in flow models.
+    """
     timesteps = getattr(scheduler, "timesteps", None)
-    if sigmas is None or timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
-        return ()
-    # the terminal sigma has no step of its own
-    return tuple(float(value) for value in sigmas[: len(timesteps)].tolist())
+    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
+        return (), ()
+    marks = tuple(float(value) for value in timesteps.tolist())
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None:
+        # the terminal sigma has no step of its own
+        return marks, tuple(float(value) for value in sigmas[: len(marks)].tolist())
+    kept = scheduler.alphas_cumprod.double()[timesteps.long().cpu()]
+    return marks, tuple(float(value) for value in ((1 - kept) / kept).sqrt().tolist())
 
 
-def locate(sigma: float | None, sigmas: Sequence[float], step_index: int | None, tolerance: float) -> Moment:
-    """The step that a noise level belongs to.
+def locate(timestep: float, marks: Sequence[float], step_index: int | None, tolerance: float) -> int | None:
+    """The step of a run that a timestep belongs to; None when it is none of them.
 
     Args:
-        sigma: noise level given to the model, possibly rounded to half precision; None trusts `step_index`.
-        sigmas: levels of the run.
-        step_index: the scheduler's own opinion, preferred among levels within `tolerance` (repeated or very close
-            levels).
-        tolerance: relative rounding of `sigma`'s dtype.
+        timestep: as given to the model, possibly rounded to half precision.
+        marks: timesteps of the run.
+        step_index: the scheduler's own opinion, preferred among timesteps within `tolerance` (repeated or very close
+            ones).
+        tolerance: relative rounding of the timestep's dtype.
     """
-    levels = tuple(sigmas)
-    known = step_index if step_index is not None and 0 <= step_index < len(levels) else None
-    if sigma is None:
-        return Moment(None if known is None else levels[known], known, levels)
-    if not levels:
-        return Moment(sigma)
-    slack = 2 * tolerance * max(abs(sigma), 1e-6) + 1e-6
-    near = [i for i, level in enumerate(levels) if abs(level - sigma) <= slack]
-    if known is not None and known in near:
-        return Moment(levels[known], known, levels)
-    if not near:
-        return Moment(sigma, None, levels)
-    step = min(near, key=lambda i: abs(levels[i] - sigma))
-    return Moment(levels[step], step, levels)
+    slack = 2 * tolerance * max(abs(timestep), 1e-3) + 1e-3
+    near = [i for i, mark in enumerate(marks) if abs(mark - timestep) <= slack]
+    if step_index is not None and step_index in near:
+        return step_index
+    return min(near, key=lambda i: abs(marks[i] - timestep), default=None)
 
 
 def window_to_json(window: Window) -> list[float] | dict[str, list[float]]:

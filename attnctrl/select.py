@@ -8,6 +8,7 @@ A selector is one of these, or a list of them (their union):
     "single:0,2,5-9"     single blocks and ranges
     "single:0-37/2"      every second block of a range
     "single-early"       a preset of the family
+    "self", "up"         all stacks that have this part in their name, as "up.self" has
     "transformer_blocks.3.attn"   a layer's own name
 
 Indices are numbers, not text: 1 never matches 10. Whatever matches nothing is an error that lists what there is.
@@ -33,12 +34,23 @@ _SPAN = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer: its qualified name, the stack of blocks it sits in, its block's number, and the module."""
+    """One attention layer.
+
+    Attributes:
+        name: its qualified name.
+        stack: the stack it sits in; one with dots, such as "up.self", also answers to each of its parts.
+        index: its number within the stack.
+        module: the attention module.
+        frame: name of the frame that its kernel sees (see `attnctrl.layout.Frames`).
+        call: which of its kernel calls that is.
+    """
 
     name: str
     stack: str
     index: int
     module: Any = field(repr=False, compare=False, default=None)
+    frame: str = "joint"
+    call: int = 0
 
 
 def select(layers: Sequence[Layer], selector: Selector, presets: Presets | None = None) -> tuple[Layer, ...]:
@@ -68,9 +80,10 @@ def _match(layers: Sequence[Layer], part: str, presets: Presets) -> set[str]:
     stack, colon, spans = part.partition(":")
     if stack in counts and colon:
         return _match_spans(layers, stack, spans, part)
-    found = {layer.name for layer in layers if part in ("all", layer.stack, layer.name)}
+    found = {layer.name for layer in layers if part in ("all", layer.stack, layer.name, *layer.stack.split("."))}
     if not found:
-        known = ["all", *counts, *presets, *(layer.name for layer in layers)]
+        parts = dict.fromkeys(piece for name in counts for piece in name.split("."))
+        known = ["all", *counts, *parts, *presets, *(layer.name for layer in layers)]
         near = difflib.get_close_matches(part, known, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise SelectionError(f"'{part}' selects no layer.{hint} There are {describe(layers)}{_preset_list(presets)}.")

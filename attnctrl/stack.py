@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import Act, Situation, build_plan
 from .controls.base import Control
-from .errors import ControlError
+from .errors import ControlError, LayoutError
 from .execute import ExecutionPlan
-from .layout import Layout, Region, membership
+from .layout import Frames, Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, select
 
@@ -43,12 +44,7 @@ class Variant:
 
     scene: int
     active: tuple[int, ...]
-    layout: Layout
-
-    @property
-    def is_plain(self) -> bool:
-        """Nothing acts and nothing was appended."""
-        return not self.active and all(item.name != "text.pad" for item in self.layout.ranges)
+    frames: Frames
 
 
 class Stack:
@@ -85,9 +81,9 @@ class Stack:
                     f"'{seat.control.name}' needs regions, but it has none and no control of the stack declares any. "
                     "Give it regions=[...], or attach it together with Regions([...])."
                 )
-        self._members: dict[tuple[int, tuple[int, int]], Tensor] = {}
-        self._situations: dict[tuple[int, Layout], Situation] = {}
-        self._plans: dict[tuple[Variant, tuple[int, ...], torch.device], ExecutionPlan] = {}
+        self._members: dict[tuple[int, Grid], Tensor] = {}
+        self._situations: dict[tuple[int, Frames, str], Situation] = {}
+        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device], ExecutionPlan] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence], Acts] = {}
 
     def _text_declaring(self) -> list[Control]:
@@ -123,9 +119,10 @@ class Stack:
                 if branch is None:
                     raise ControlError(
                         f"'{control.name}' acts in branch '{control.branch}', but which guidance branch this forward "
-                        "is cannot be told: two texts came at one noise level, or its name is unknown. Run each branch "
-                        "in `with model.cache_context('cond'):` (or 'uncond'), attach to the pipeline, or give the "
-                        "control branch='all'."
+                        "is cannot be told: two texts came at one noise level, its name is unknown, or a batch may "
+                        "hold several. Attach to the pipeline, name the branches of a batch with "
+                        "attach(..., branches=('uncond', 'cond')), run each branch in "
+                        "`with model.cache_context('cond'):` (or 'uncond'), or give the control branch='all'."
                     )
                 if branch != control.branch:
                     continue
@@ -149,12 +146,12 @@ class Stack:
         return [(number, regions[number]) for number in sorted(numbers) if regions[number].strength > 0]
 
     def variants(
-        self, layout: Layout, rows: Sequence[tuple[int, tuple[int, ...]]], length: Callable[[Region], int]
+        self, frames: Frames, rows: Sequence[tuple[int, tuple[int, ...]]], length: Callable[[Region], int]
     ) -> tuple[list[Variant], int]:
         """The variant of each row, all of one length.
 
         Args:
-            layout: the model's own sequence.
+            frames: of the model's own sequence.
             rows: (scene, active seats) per row.
             length: tokens of a region's text.
 
@@ -167,28 +164,33 @@ class Stack:
         }
         longest = max(sum(count for _, count in texts) for texts in appended.values())
         made = {
-            row: Variant(*row, layout.with_texts(texts, longest - sum(count for _, count in texts)))
+            row: Variant(*row, frames.with_texts(texts, longest - sum(count for _, count in texts)))
             for row, texts in appended.items()
         }
         return [made[row] for row in rows], longest
 
-    def situation(self, variant: Variant) -> Situation:
-        """What controls are told about a variant; built once."""
-        key = (variant.scene, variant.layout)
+    def situation(self, variant: Variant, frame: str) -> Situation:
+        """What controls are told about a variant in the layers of a frame; built once.
+
+        Raises:
+            LayoutError: when a region is bound to a reference that the forward does not hold.
+        """
+        key = (variant.scene, variant.frames, frame)
         if key not in self._situations:
             _make_room(self._situations)
             regions = self.regions(variant.scene)
-            member = self._member(variant.scene, variant.layout)
-            self._situations[key] = Situation(variant.layout, regions, member)
+            _check_references(regions, variant.frames)
+            member = self._member(variant.scene, variant.frames[frame].grid)
+            self._situations[key] = Situation(variant.frames[frame], regions, member)
         return self._situations[key]
 
-    def _member(self, scene: int, layout: Layout) -> Tensor:
-        if not self._declaring:
-            return torch.zeros(0, len(layout["image"]), dtype=torch.bool)
-        key = (scene, layout.grid)
+    def _member(self, scene: int, grid: Grid | None) -> Tensor:
+        if grid is None:
+            return torch.zeros(len(self.regions(scene)), 0, dtype=torch.bool)
+        key = (scene, grid)
         if key not in self._members:
-            parts = [membership(_scene(c, scene), layout.grid, c.overlap_policy) for c in self._declaring]
-            self._members[key] = torch.cat(parts)
+            parts = [membership(_scene(c, scene), grid, c.overlap_policy) for c in self._declaring]
+            self._members[key] = torch.cat([membership((), grid), *parts])
         return self._members[key]
 
     def acting(self, variant: Variant, layer: str, present: Presence) -> tuple[int, ...]:
@@ -196,16 +198,18 @@ class Stack:
         on = ((i, present[i]) for i in variant.active if layer in self.seats[i].layers)
         return tuple(i for i, layers in on if layers is None or layer in layers)
 
-    def plan(self, variant: Variant, acting: tuple[int, ...], device: torch.device) -> ExecutionPlan | None:
+    def plan(self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device) -> ExecutionPlan | None:
         """The plan of a layer in which the seats `acting` act; None when the layer has nothing to do. Built once."""
         hidden = self.hidden(variant, acting)
-        if not acting and not hidden and "text.pad" not in variant.layout:
+        seen = variant.frames[frame]
+        tucked = "text.pad" in seen or any(f"text.region{number}" in seen for number in hidden)
+        if not acting and not tucked:
             return None
-        key = (variant, acting, device)
+        key = (variant, frame, acting, device)
         if key not in self._plans:
             _make_room(self._plans)
             controls = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
-            self._plans[key] = build_plan(self.situation(variant), controls, hidden, device)
+            self._plans[key] = build_plan(self.situation(variant, frame), controls, hidden, device)
         return self._plans[key]
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
@@ -223,29 +227,40 @@ class Stack:
 
     def _build_acts(self, variants: tuple[Variant, ...], device: torch.device, present: Presence) -> Acts:
         rows = {variant: [i for i, v in enumerate(variants) if v == variant] for variant in dict.fromkeys(variants)}
-        made: dict[tuple[tuple[int, ...], ...], tuple[Act, frozenset[int]] | None] = {}
+        made: dict[tuple[Any, ...], tuple[Act, frozenset[int]] | None] = {}
         acts: Acts = {}
         for layer in self.layers:
-            key = tuple(self.acting(variant, layer.name, present) for variant in rows)
+            acting = tuple(self.acting(variant, layer.name, present) for variant in rows)
+            key = (acting, layer.frame, layer.call)
             if key not in made:
-                made[key] = self._act(rows, key, device)
+                made[key] = self._act(rows, acting, layer, device)
             found = made[key]
             if found is not None:
                 acts[layer.name] = found
         return acts
 
     def _act(
-        self, rows: Mapping[Variant, list[int]], acting: tuple[tuple[int, ...], ...], device: torch.device
+        self, rows: Mapping[Variant, list[int]], acting: tuple[tuple[int, ...], ...], layer: Layer, device: torch.device
     ) -> tuple[Act, frozenset[int]] | None:
-        plans = [self.plan(variant, numbers, device) for variant, numbers in zip(rows, acting, strict=True)]
+        plans = [self.plan(variant, layer.frame, own, device) for variant, own in zip(rows, acting, strict=True)]
         if all(plan is None for plan in plans):
             return None
         parts: list[tuple[Tensor | None, ExecutionPlan | None]] = [
             (None if len(rows) == 1 else torch.tensor(mine, device=device), plan)
             for mine, plan in zip(rows.values(), plans, strict=True)
         ]
-        tokens = next(iter(rows)).layout.tokens
-        return Act(parts, tokens), frozenset(i for numbers in acting for i in numbers)
+        tokens = next(iter(rows)).frames[layer.frame].tokens
+        return Act(parts, tokens, layer.call), frozenset(i for numbers in acting for i in numbers)
+
+
+def _check_references(regions: Sequence[Region], frames: Frames) -> None:
+    count = sum(name.startswith("reference.") for name in frames.ranges)
+    for region in regions:
+        if region.reference is not None and region.reference >= count:
+            raise LayoutError(
+                f"Region '{region.label}' is bound to reference {region.reference}, but this forward holds "
+                f"{count} reference(s). Pass the picture to the pipeline, or leave `reference` unset."
+            )
 
 
 def _scene(control: Control, scene: int) -> tuple[Region, ...]:

@@ -1,15 +1,13 @@
-"""The only file that touches diffusers internals: opens a scope around an attention module and meets its kernel.
+"""What sits on a tapped model: a scope around each attention module, and the calls that begin and end a forward.
 
-Two hooks, the same pair of functions for all layers, push and pop the layer's `Act` on a stack of this thread. The
-functions in diffusers' registry of attention backends are wrapped: without an open scope they pass through, with one
-they run its act. So the model's own processors run, and whichever backend the user selects is the one that is met. The
-act hangs on the module and nothing in the hooks knows the layer's name, so layers of one kind share one compiled graph.
+Two hooks, the same pair of functions for all layers, push and pop the layer's `Act` on a stack of this thread;
+`attnctrl.kernels` meets the kernel that is called meanwhile. So the model's own processors run, with whichever backend
+the user selects. The act hangs on the module and nothing in the hooks knows the layer's name, so layers of one kind
+share one compiled graph.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,134 +19,10 @@ from torch import Tensor, nn
 
 from .call import Act
 from .errors import LayoutError, UnsupportedModelError
+from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
 from .select import Layer
 
-__all__ = ["MASKING", "Tap", "backend_name", "check_model", "close_scope", "execution_device", "open_scope"]
-
-MASKING = frozenset({"native", "_native_efficient", "_native_math", "_native_cudnn", "_native_npu", "flex"})
-"""Attention backends that apply an additive mask [B, H, Tq, Tk] to every score."""
-
-
-class _Scope(threading.local):
-    """Open attention layers of this thread, innermost last: [act, kernel calls met, module]."""
-
-    def __init__(self) -> None:
-        self.frames: list[list[Any]] = []
-
-
-class _Tapped:
-    """Which models are tapped, as text: compiled code that met a kernel depends on it and is traced anew with it.
-
-    Dynamo does not look at the hooks of a module it has compiled, so without this a model that was compiled and run
-    before would ignore them.
-    """
-
-    names = ""
-
-
-_scope = _Scope()
-_tapped = _Tapped()
-_serials: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_live: set[int] = set()
-_lock = threading.RLock()
-
-
-def open_scope(module: nn.Module, *_: Any) -> None:
-    """Before an attention module runs: its act waits for the kernel."""
-    act = module._attnctrl
-    if act is not None:
-        _scope.frames.append([act, 0, module])
-
-
-def close_scope(module: nn.Module, *_: Any) -> None:
-    """After an attention module has run."""
-    if module._attnctrl is not None:
-        _scope.frames.pop()
-
-
-def _registry() -> dict[Any, Callable[..., Tensor]]:
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    return _AttentionBackendRegistry._backends
-
-
-def _wrap(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(original)
-    def met(**call: Any) -> Tensor:
-        if not _tapped.names or not _scope.frames:
-            return original(**call)
-        return _meet(_scope.frames[-1], name, original, call)
-
-    met._attnctrl_original = original  # type: ignore[attr-defined]
-    return met
-
-
-def _meet(frame: list[Any], name: str, original: Callable[..., Tensor], call: dict[str, Any]) -> Tensor:
-    act, number, module = frame
-    frame[1] = number + 1
-    module._attnctrl_met = True
-    # the first kernel call of an attention module is the joint one, later ones read an IP-Adapter's pictures
-    if number > 0:
-        return original(**call)
-    masks = name in MASKING
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-        given: dict[str, Any] = {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2)}
-        if scale is not None:
-            given["scale"] = scale
-        if mask is None:
-            return original(**{**call, **given}).transpose(1, 2)
-        # a 2D mask would be taken for key padding
-        given["attn_mask"] = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
-        return (original(**{**call, **given}) if masks else _native()(**given)).transpose(1, 2)
-
-    query, key, value = (call[part].transpose(1, 2) for part in ("query", "key", "value"))
-    return act.run(query, key, value, call.get("attn_mask"), kernel, call.get("scale")).transpose(1, 2)
-
-
-def _native() -> Callable[..., Tensor]:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    function = _registry()[AttentionBackendName.NATIVE]
-    return getattr(function, "_attnctrl_original", function)
-
-
-def _settle() -> None:
-    """Wrap the registry while any model is tapped, unwrap it when none is, and note which are."""
-    # models may be collected at any moment, also while another one is traced; then the next call settles it
-    if torch._guards.CompileContext.try_get() is not None:
-        return
-    registry = _registry()
-    for key, function in list(registry.items()):
-        original = getattr(function, "_attnctrl_original", None)
-        if _live and original is None:
-            registry[key] = _wrap(key.value, function)
-        elif original is not None and not _live:
-            registry[key] = original
-    _tapped.names = ",".join(str(number) for number in sorted(_live))
-
-
-def _forget(number: int) -> None:
-    """A tapped model is gone without having been detached."""
-    with _lock:
-        _live.discard(number)
-        _settle()
-
-
-def _serial(model: nn.Module) -> int:
-    """The model's number: the lowest that no living model holds, so that re-attaching finds its compiled code again."""
-    if model not in _serials:
-        taken = set(_serials.values())
-        _serials[model] = next(number for number in range(1, len(taken) + 2) if number not in taken)
-    return _serials[model]
-
-
-def backend_name(module: nn.Module) -> str:
-    """The attention backend that a layer would call now."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    chosen = getattr(module.processor, "_attention_backend", None) or _AttentionBackendRegistry._active_backend
-    return str(getattr(chosen, "value", chosen))
+__all__ = ["Tap", "check_model", "execution_device"]
 
 
 def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
@@ -173,19 +47,14 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
     foreign = {
         f"{type(layer.module.processor).__name__} at {layer.name}"
         for layer in layers
-        if not _dispatches(layer.module.processor)
+        if not calls_kernel(layer.module.processor)
     }
     if foreign:
         raise UnsupportedModelError(
-            f"These processors do not call diffusers' dispatch_attention_fn, so their kernel cannot be met: "
-            f"{', '.join(sorted(foreign)[:4])}. Set processors that do, such as the model's own."
+            "These processors call neither diffusers' dispatch_attention_fn nor F.scaled_dot_product_attention, so "
+            f"their kernel cannot be met: {', '.join(sorted(foreign)[:4])}. Set processors that do, such as the "
+            "model's own: AttnProcessor2_0() instead of sliced, bmm or xformers processors."
         )
-
-
-def _dispatches(processor: Any) -> bool:
-    inner = getattr(processor, "original", processor)
-    code = getattr(getattr(type(inner), "__call__", None), "__code__", None)  # noqa: B004
-    return code is not None and "dispatch_attention_fn" in code.co_names
 
 
 class Listener(Protocol):
@@ -228,17 +97,14 @@ class Tap:
 
     def install(self) -> None:
         """Root call, branch names and the wrapped registry; layers are opened by hooks or by processors."""
-        with _lock:
-            for layer in self.layers:
-                layer.module._attnctrl = None
-                layer.module._attnctrl_met = False
-            self._install_root()
-            self._shadow_cache_context()
-            number = _serial(self.model)
-            _live.add(number)
-            self._finalizer = weakref.finalize(self, _forget, number)
-            self._finalizer.atexit = False
-            _settle()
+        for layer in self.layers:
+            layer.module._attnctrl = None
+            layer.module._attnctrl_met = False
+        self._install_root()
+        self._shadow_cache_context()
+        number = enter(self.model, [layer.module.processor for layer in self.layers])
+        self._finalizer = weakref.finalize(self, leave, number)
+        self._finalizer.atexit = False
 
     def install_hooks(self) -> None:
         """Open the scope by hooks on every attention layer."""
@@ -257,21 +123,20 @@ class Tap:
 
     def remove(self) -> None:
         """Leave the model exactly as it was."""
-        with _lock:
-            self.remove_hooks()
-            self._remove_root()
-            for layer in self.layers:
-                for name in ("_attnctrl", "_attnctrl_met"):
-                    layer.module.__dict__.pop(name, None)
-            self._unshadow_cache_context()
-            _scope.frames.clear()
-            if self._finalizer is not None:
-                self._finalizer()
-            self._finalizer = None
+        self.remove_hooks()
+        self._remove_root()
+        for layer in self.layers:
+            for name in ("_attnctrl", "_attnctrl_met"):
+                layer.module.__dict__.pop(name, None)
+        self._unshadow_cache_context()
+        clear_scopes()
+        if self._finalizer is not None:
+            self._finalizer()
+        self._finalizer = None
 
     def assign(self, acts: Mapping[str, Act]) -> None:
         """Hang each layer's act on its module; layers that are not named run untouched."""
-        _settle()  # backends may have been registered since
+        settle()  # backends may have been registered since
         for layer in self.layers:
             layer.module._attnctrl_met = False
             layer.module._attnctrl = acts.get(layer.name)
@@ -293,7 +158,7 @@ class Tap:
 
     def clear(self) -> None:
         """Back to idle between forwards."""
-        _scope.frames.clear()
+        clear_scopes()
         if self._finalizer is not None:
             for layer in self.layers:
                 layer.module._attnctrl = None
@@ -326,7 +191,7 @@ class Tap:
                 "torch.compile(model) first and attach to the result (or to its pipeline), or use "
                 "model.compile_repeated_blocks()."
             )
-        _scope.frames.clear()
+        clear_scopes()
         try:
             bound = self._signature.bind(model, *args, **kwargs)
         except TypeError as error:

@@ -15,7 +15,7 @@ from attnctrl.schedule import (
     checked_window,
     is_active,
     locate,
-    run_sigmas,
+    run_levels,
     window_from_json,
     window_to_json,
 )
@@ -85,21 +85,22 @@ def test_each_step_is_found_from_its_rounded_noise_level(steps: int, shift: floa
     """As FLUX pipelines pass it: timestep = sigma * 1000 in the latents' dtype, divided by 1000 there."""
     sigmas = [shift * s / (1 + (shift - 1) * s) for s in even(steps)]
     for step, sigma in enumerate(sigmas):
-        given_sigma = float(torch.tensor(sigma * 1000).to(dtype) / 1000)
-        moment = locate(given_sigma, sigmas, step, torch.finfo(dtype).eps)
-        assert (moment.step, moment.sigma) == (step, sigmas[step])
+        timesteps = [1000 * s for s in sigmas]
+        told = 1000 * float(torch.tensor(sigma * 1000).to(dtype) / 1000)
+        assert locate(told, timesteps, step, torch.finfo(dtype).eps) == step
         if dtype == torch.float32:
-            # the noise level alone tells, whatever the scheduler believes
-            assert locate(given_sigma, sigmas, 0, torch.finfo(dtype).eps).step == step
+            # the timestep alone tells, whatever the scheduler believes
+            assert locate(told, timesteps, 0, torch.finfo(dtype).eps) == step
 
 
 def test_positions() -> None:
-    assert locate(None, even(4), 2, 0.0) == Moment(0.5, 2, tuple(even(4)))
-    assert locate(None, even(4), 4, 0.0).step is None
-    assert locate(0.5, (), None, 1e-7) == Moment(0.5)
-    assert locate(0.6, even(4), 1, 1e-7).step is None  # none of this run's levels
-    # repeated levels, as Heun has: the scheduler knows which
-    assert locate(0.5, (1.0, 0.5, 0.5, 0.2), 2, 1e-7).step == 2
+    assert locate(500.0, [1000.0, 750.0, 500.0], None, 1e-7) == 2
+    assert locate(500.0, (), None, 1e-7) is None
+    assert locate(600.0, [1000.0, 750.0, 500.0], 1, 1e-7) is None  # none of this run's
+    # repeated timesteps, as Heun has: the scheduler knows which
+    assert locate(500.0, (1000.0, 500.0, 500.0, 200.0), 2, 1e-7) == 2
+    # neighbours at the end of a long run are told apart
+    assert locate(1.0, (2.0, 1.0, 0.0), 0, 1e-7) == 1
 
 
 def test_is_active() -> None:
@@ -110,15 +111,26 @@ def test_is_active() -> None:
     assert is_active((0.0, 0.25), Moment(1.0, 0, (1.0, 0.5)))
     with pytest.raises(ScheduleError, match=r"isolate: .*there is no scheduler with timesteps.*scheduler="):
         is_active((0.0, 0.5), Moment(0.5), "isolate")
-    with pytest.raises(ScheduleError, match=r"sigma 0\.6 is none of the scheduler's 2 noise levels"):
+    with pytest.raises(ScheduleError, match=r"this forward's timestep is none of the scheduler's 2"):
         is_active((0.0, 0.5), Moment(0.6, None, (1.0, 0.5)))
 
 
-def test_run_sigmas_of_a_real_scheduler() -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+def test_levels_of_real_schedulers() -> None:
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    assert run_sigmas(None) == ()
-    assert run_sigmas(scheduler) == ()  # no run yet
+    assert run_levels(None) == ((), ())
+    assert run_levels(scheduler) == ((), ())  # no run yet
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5])
-    assert run_sigmas(scheduler) == (1.0, 0.75, 0.5)
+    assert run_levels(scheduler) == ((1000.0, 750.0, 500.0), (1.0, 0.75, 0.5))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    euler = EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+    euler.set_timesteps(5)
+    marks, sigmas = run_levels(euler)
+    assert len(marks) == len(sigmas) == 5
+    assert sigmas[0] == pytest.approx(6.0, abs=2)
+    ddim = DDIMScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+    ddim.set_timesteps(5)
+    # no sigmas of its own: those that Euler has at the same timesteps
+    assert run_levels(ddim)[0] == marks
+    assert run_levels(ddim)[1] == pytest.approx(sigmas, rel=1e-4)

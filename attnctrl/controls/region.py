@@ -49,6 +49,8 @@ class Regions(Control):
     One region on the whole canvas with the prompt's own tokens equals the plain model for "background" and "none" at
     any base_ratio. It does not for "open": there the image reads the same text twice.
 
+    In cross attention, where keys are texts alone, tokens of no region read the prompt with "none" as well.
+
     Attributes:
         regions: a list of `Region`, or one list per sample of the batch.
         overlap: "union", tokens in several regions read all their texts; "priority", later regions lie on top;
@@ -88,6 +90,8 @@ class Regions(Control):
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         own = _present(situation, own)
+        # in cross attention uncovered tokens have nothing but the prompt to read
+        crossed = "image" not in situation.frame.keys
 
         def strength(members: frozenset[int]) -> float:
             return self.strength * max((situation.regions[r].strength for r in members), default=1.0)
@@ -102,12 +106,14 @@ class Regions(Control):
             if "region_text" in (q.kind, k.kind):
                 return 1.0  # another control's text
             rows, columns = q.members & own, k.members & own
+            if crossed and not rows and k.kind == "global":
+                return 1.0
             return 1.0 if self._vanilla_edge_stays(q, k, rows, columns) else 1 - strength(rows | columns)
 
         return situation.tabulate(weight)
 
     def _vanilla_edge_stays(self, q: Group, k: Group, rows: frozenset[int], columns: frozenset[int]) -> bool:
-        if q.kind == k.kind == "global":
+        if q.kind == k.kind == "global" or "register" in (q.kind, k.kind):
             return True
         if "global" in (q.kind, k.kind):
             return self.global_text == "open" or (self.global_text == "background" and not rows | columns)

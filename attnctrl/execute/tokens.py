@@ -45,7 +45,9 @@ class TokenSet:
         """Write (or add) values [B, H, count, D] to these tokens of out [B, H, T, D], in place, cast to out's dtype."""
         values = values.to(out.dtype)
         if self.index is not None:
-            out.index_add_(2, self.index, values) if add else out.index_copy_(2, self.index, values)
+            # through a view of its own: autograd refuses to write to `out` itself after writes through its views
+            target = out.narrow(2, 0, out.shape[2])
+            target.index_add_(2, self.index, values) if add else target.index_copy_(2, self.index, values)
             return
         offset = 0
         for start, length in self.runs:

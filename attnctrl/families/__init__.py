@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from ..layout import Grid, Layout
+from ..errors import LayoutError, UnsupportedModelError
+from ..layout import Frame, Frames, Layout, Measures
 from ..select import Layer
 
-__all__ = ["Family", "family_of"]
+__all__ = ["Arguments", "Family", "append_to", "crossed", "family_of", "joint", "stacks"]
 
 Arguments = dict[str, Any]
 
@@ -23,44 +24,97 @@ class Family:
 
     Attributes:
         name: short name, for reports.
-        models: class names of the transformers that belong to it.
-        stacks: (stack, attribute holding its list of blocks), in forward order; the attention is each block's `attn`.
-        branches: CFG order, when branches are separate forwards of one step.
-        presets: named layer selectors, as functions of {stack: number of blocks}.
+        models: class names of the denoisers that belong to it.
+        layers: (model) -> all attention layers, in forward order.
+        measure: (model, arguments of a forward) -> what it is given.
+        arrange: (model, measures) -> the frames of its layers.
         pixels_per_token: side of the square of pixels that one image token stands for, with the usual autoencoder.
-        layout: the model's own call arguments -> token ranges.
-        timestep: arguments -> noise levels of the rows, Tensor [B].
-        text: arguments -> the encoded prompts, [B, tokens, channels].
+        timestep: arguments -> timesteps of the rows, Tensor [B], in the unit of the scheduler's `timesteps`.
+        encode: (pipeline, prompt) -> [tokens, channels], the prompt encoded by itself.
+        count: (pipeline, prompt) -> the number of tokens `encode` will give.
         append_text: (arguments, texts [B, tokens, channels]) -> arguments whose text sequence ends with the given
             texts.
-        encode: (pipeline, prompt) -> [tokens, channels], the prompt encoded by itself, at its real length.
-        count: (pipeline, prompt) -> the number of tokens `encode` will give.
+        branches: guidance branches of one step in the order of their forwards.
+        batch: guidance branches of one step in the order of their rows, for families whose pipelines run them as one
+            batch; () for those that run one forward per branch.
+        presets: named layer selectors, as functions of {stack: number of blocks}.
+        hidden: name of the argument that holds the latents, batch first.
+        watch: names of further arguments that `measure` looks into; it is asked again when they are other objects.
+        sigma: timestep -> noise level, without a scheduler; None where only the scheduler knows.
     """
 
     name: str
     models: tuple[str, ...]
-    stacks: tuple[tuple[str, str], ...]
-    branches: tuple[str, ...]
-    presets: Mapping[str, Callable[[Mapping[str, int]], str]]
+    layers: Callable[[nn.Module], tuple[Layer, ...]]
+    measure: Callable[[nn.Module, Arguments], Measures]
+    arrange: Callable[[nn.Module, Measures], Frames]
     pixels_per_token: int
-    layout: Callable[[Arguments], Layout]
     timestep: Callable[[Arguments], Tensor]
-    text: Callable[[Arguments], Tensor]
-    append_text: Callable[[Arguments, Tensor], Arguments]
     encode: Callable[[Any, str], Tensor]
     count: Callable[[Any, str], int]
+    append_text: Callable[[Arguments, Tensor], Arguments]
+    branches: tuple[str, ...] = ("cond", "uncond")
+    batch: tuple[str, ...] = ()
+    presets: Mapping[str, Callable[[Mapping[str, int]], str]] = field(default_factory=dict)
+    hidden: str = "hidden_states"
+    watch: tuple[str, ...] = ()
+    sigma: Callable[[float], float] | None = None
 
-    def layers(self, model: nn.Module) -> tuple[Layer, ...]:
-        """All attention layers in forward order."""
-        return tuple(
-            Layer(f"{attribute}.{index}.attn", stack, index, block.attn)
-            for stack, attribute in self.stacks
-            for index, block in enumerate(getattr(model, attribute))
-        )
+    def text(self, arguments: Arguments) -> Tensor:
+        """The encoded prompts of a forward, [B, tokens, channels]."""
+        return arguments["encoder_hidden_states"]
 
-    def plan_layout(self, text: int, image: Grid, references: Sequence[Grid] = ()) -> Layout:
-        """The layout of a forward that has not happened yet, for `explain`."""
-        return Layout.of(text=text, image=image, references=references)
+
+def stacks(*parts: tuple[str, str, str, str]) -> Callable[[nn.Module], tuple[Layer, ...]]:
+    """Layers of lists of blocks: (stack, attribute that holds the blocks, attention within a block, frame).
+
+    Parts that name the same blocks are walked together, block by block.
+    """
+
+    def find(model: nn.Module) -> tuple[Layer, ...]:
+        found = []
+        for blocks in dict.fromkeys(attribute for _, attribute, _, _ in parts):
+            for index, block in enumerate(getattr(model, blocks)):
+                for stack, attribute, inside, frame in parts:
+                    module = getattr(block, inside, None) if attribute == blocks else None
+                    if module is not None:
+                        found.append(Layer(f"{blocks}.{index}.{inside}", stack, index, module, frame))
+        return tuple(found)
+
+    return find
+
+
+def joint(*order: str, registers: int = 0) -> Callable[[nn.Module, Measures], Frames]:
+    """One frame, "joint": all tokens in one sequence, their kinds in the given order."""
+
+    def arrange(model: Any, measures: Measures) -> Frames:
+        return Frames.of(joint=Frame.joint(Layout.of(order=order, registers=registers, **vars(measures))))
+
+    return arrange
+
+
+def crossed(model: Any, measures: Measures) -> Frames:
+    """Two frames: "self", the image alone; "cross", the image reads the text."""
+    image = Layout.of(order=("image",), **vars(measures))
+    return Frames.of(self=Frame.joint(image), cross=Frame(image, Layout.of(order=("text",), **vars(measures))))
+
+
+def append_to(*masks: str) -> Callable[[Arguments, Tensor], Arguments]:
+    """Appends to `encoder_hidden_states`, and ones to the key-padding masks [B, tokens] of these names, where given."""
+
+    def append(arguments: Arguments, texts: Tensor) -> Arguments:
+        prompt = arguments["encoder_hidden_states"]
+        texts = texts.to(device=prompt.device, dtype=prompt.dtype)
+        longer = {name: _with_ones(mask, texts) for name in masks if (mask := arguments.get(name)) is not None}
+        return {**arguments, "encoder_hidden_states": torch.cat([prompt, texts], dim=1), **longer}
+
+    return append
+
+
+def _with_ones(mask: Tensor, texts: Tensor) -> Tensor:
+    if mask.ndim != 2:
+        raise LayoutError(f"A mask of the text must be [batch, tokens] to append to it; found {tuple(mask.shape)}.")
+    return torch.cat([mask, mask.new_ones(mask.shape[0], texts.shape[1])], dim=1)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -70,8 +124,10 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedModelError: when there is none, with the known model classes.
     """
     from .flux import FLUX
+    from .sd3 import SD3
+    from .unet import UNET
 
-    families = (FLUX,)
+    families = (FLUX, SD3, UNET)
     names = {base.__name__ for base in type(model).__mro__}
     for family in families:
         if names & set(family.models):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from ..layout import Grid, Layout
-from . import Arguments, Family
+from ..layout import Grid, Measures
+from . import Arguments, Family, joint, stacks
 
 
-def flux_layout(arguments: Arguments) -> Layout:
-    """Token ranges from `img_ids`, `hidden_states` and `encoder_hidden_states`.
+def measure(model: Any, arguments: Arguments) -> Measures:
+    """Sizes from `img_ids`, `hidden_states` and `encoder_hidden_states`.
 
     Raises:
         LayoutError: when ids and tokens differ in number, or the ids of a picture are no raster.
@@ -33,7 +33,7 @@ def flux_layout(arguments: Arguments) -> Layout:
     if not segments or segments[0][0] != 0:
         raise LayoutError("FLUX image ids begin with axis 0 = 0 for the latents; these img_ids do not.")
     text = arguments["encoder_hidden_states"].shape[1]
-    return Layout.of(text=text, image=segments[0][1], references=[grid for _, grid in segments[1:]])
+    return Measures(text, segments[0][1], tuple(grid for _, grid in segments[1:]))
 
 
 def _segments(ids: Tensor) -> list[tuple[int, Grid]]:
@@ -92,14 +92,17 @@ def _early(counts: Mapping[str, int]) -> str:
 FLUX = Family(
     name="flux",
     models=("FluxTransformer2DModel",),
-    stacks=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
-    branches=("cond", "uncond"),
+    layers=stacks(
+        ("double", "transformer_blocks", "attn", "joint"), ("single", "single_transformer_blocks", "attn", "joint")
+    ),
+    measure=measure,
+    arrange=joint("text", "image", "references"),
+    watch=("img_ids",),
+    pixels_per_token=16,
+    timestep=lambda arguments: 1000 * arguments["timestep"],
+    sigma=lambda timestep: timestep / 1000,
     # Seg2Any isolates regions in single blocks 0..18 of 38
     presets={"single-early": _early},
-    pixels_per_token=16,
-    layout=flux_layout,
-    timestep=lambda arguments: arguments["timestep"],
-    text=lambda arguments: arguments["encoder_hidden_states"],
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,

@@ -151,7 +151,8 @@ def warm_start(flow: Flow, exported: Path) -> tuple[int, float]:
         return 0, 0.0
     past = json.loads(facts.read_text())["training"]
     for name, module in flow.modules.items():
-        saved = type(module).from_pretrained(exported / name, torch_dtype=torch.float32).state_dict()
+        kind: Any = type(module)
+        saved = kind.from_pretrained(exported / name, torch_dtype=torch.float32).state_dict()
         module.load_state_dict(saved)
     flow.average = {k: v.detach().clone() for k, v in flow.modules.state_dict().items()}
     return int(past["samples"]), float(past["seconds"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,49 +10,87 @@ from typing import Any
 
 import tiny
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
 import attnctrl as ac
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """Who stands in the rows and columns of one kernel call: words of "text", "image", "references"; the image's grid."""
+
+    queries: str
+    keys: str
+    grid: tuple[int, int] = (4, 6)
+
+
 @dataclass
 class Setting:
-    """A model, the inputs of one forward, and who stands where in its sequence."""
+    """A model, the inputs of one forward, and who stands where in each of its kernel calls."""
 
     model: nn.Module
     inputs: dict[str, Any]
-    grid: tuple[int, int]
-    text: int
+    calls: Sequence[Kinds]
+    text: int = 5
     references: int = 0
+    grid: tuple[int, int] = (4, 6)
 
     def run(self, **changes: Any) -> Tensor:
         return self.model(**{**self.inputs, **changes})[0]
 
+    def single(self, row: int) -> dict[str, Any]:
+        """Inputs of one row of the batch."""
+        batch = len(self.inputs["encoder_hidden_states"])
+        rows = {k: v for k, v in self.inputs.items() if isinstance(v, Tensor) and len(v) == batch and "ids" not in k}
+        return {key: value[row : row + 1] for key, value in rows.items()}
+
 
 def flux(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32, references: int = 0) -> Setting:
-    grid, text = (4, 6), 5
-    inputs = tiny.flux_inputs(seed, batch=batch, grid=grid, text=text, references=((2, 3),) * references, dtype=dtype)
-    return Setting(tiny.flux(dtype=dtype), inputs, grid, text, references)
+    inputs = tiny.flux_inputs(seed, batch=batch, references=((2, 3),) * references, dtype=dtype)
+    sequence = "text image references"
+    return Setting(tiny.flux(dtype=dtype), inputs, [Kinds(sequence, sequence)] * 4, references=references)
 
 
-FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux}
+def sd3(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Setting:
+    joint, dual = Kinds("image text", "image text"), Kinds("image", "image")
+    inputs = tiny.sd_inputs(seed, batch=batch, pooled=True, dtype=dtype)
+    return Setting(tiny.sd3(dtype=dtype), inputs, [joint, dual, joint])
+
+
+def unet(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Setting:
+    fine, coarse = (8, 12), (4, 6)
+    inputs = tiny.sd_inputs(seed, batch=batch, grid=fine, dtype=dtype)
+    grids = [fine, coarse, coarse, coarse, coarse, fine, fine]
+    calls = [Kinds("image", keys, grid) for grid in grids for keys in ("image", "text")]
+    return Setting(tiny.unet(dtype=dtype), inputs, calls, grid=fine)
+
+
+FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux, "sd3": sd3, "unet": unet}
+WITH_REFERENCES = ("flux",)
+BRANCHES = {"SD3Transformer2DModel": ("cond",), "UNet2DConditionModel": ("cond",)}
+"""Families that batch their branches: what a batch of a bare model holds has to be said."""
 
 
 @contextmanager
 def by_attach(model: Any, controls: Any) -> Iterator[None]:
-    with ac.attach(model, controls):
+    with ac.attach(model, controls, branches=branches(model)):
         yield
 
 
 @contextmanager
 def by_processors(model: Any, controls: Any) -> Iterator[None]:
     before = dict(model.attn_processors)
-    model.set_attn_processor(ac.processors(model, controls))
+    model.set_attn_processor(ac.processors(model, controls, branches=branches(model)))
     try:
         yield
     finally:
         model.set_attn_processor(before)
+
+
+def branches(model: Any) -> tuple[str, ...]:
+    return BRANCHES.get(type(model).__name__, ())
 
 
 DOORS = {"attach": by_attach, "processors": by_processors}
@@ -75,33 +114,35 @@ class Token:
     members: frozenset[int] = field(default_factory=frozenset)
 
 
-def tokens(setting: Setting, scene: Sequence[Any], *, texts: bool, overlap: str = "union") -> list[Token]:
-    """The sequence spelled out token by token, by the centres of tokens in boxes (boxes end on token borders here)."""
-    row = [Token("global")] * setting.text
+def tokens(
+    setting: Setting, scene: Sequence[Any], *, texts: bool, overlap: str = "union", kinds: str = "", grid: Any = None
+) -> list[Token]:
+    """A sequence spelled out token by token, by the centres of tokens in boxes (boxes end on token borders here)."""
+    height, width = grid or setting.grid
+    parts: dict[str, list[Token]] = {"text": [Token("global")] * setting.text, "image": [], "references": []}
     for r, region in enumerate(scene if texts else ()):
-        row += [Token("text", r, frozenset([r]))] * len(region.prompt_embeds)
-    height, width = setting.grid
+        parts["text"] += [Token("text", r, frozenset([r]))] * len(region.prompt_embeds)
     for y in range(height):
         for x in range(width):
             inside = [r for r, region in enumerate(scene) if _holds(region.box, (x + 0.5) / width, (y + 0.5) / height)]
             if len(inside) > 1:
                 inside = {"union": inside, "priority": inside[-1:], "background": []}[overlap]
-            row.append(Token("image", -1, frozenset(inside)))
+            parts["image"].append(Token("image", -1, frozenset(inside)))
     for k in range(setting.references):
         bound = frozenset(r for r, region in enumerate(scene) if region.reference == k)
-        row += [Token("reference", k, bound)] * 6
-    return row
+        parts["references"] += [Token("reference", k, bound)] * 6
+    return [token for kind in (kinds or setting.calls[0].queries).split() for token in parts[kind]]
 
 
 def _holds(box: tuple[float, float, float, float] | None, x: float, y: float) -> bool:
     return box is None or (box[0] < x < box[2] and box[1] < y < box[3])
 
 
-def weights(row: Sequence[Token], *rules: Callable[[Token, Token], float]) -> Tensor:
-    """float64 [T, T]: the product of all rules' weights, token by token."""
-    table = torch.ones(len(row), len(row), dtype=torch.float64)
+def weights(rows: Sequence[Token], columns: Sequence[Token], *rules: Callable[[Token, Token], float]) -> Tensor:
+    """float64 [rows, columns]: the product of all rules' weights, token by token."""
+    table = torch.ones(len(rows), len(columns), dtype=torch.float64)
     for rule in rules:
-        table *= torch.tensor([[rule(q, k) for k in row] for q in row], dtype=torch.float64)
+        table *= torch.tensor([[rule(q, k) for k in columns] for q in rows], dtype=torch.float64)
     return table
 
 
@@ -129,25 +170,34 @@ class Kernel:
 
 @contextmanager
 def probe(*, grad: bool = False) -> Iterator[list[Kernel]]:
-    """Record what processors give to the native backend and get back, around whatever has wrapped it."""
+    """Record what processors give to the native backend or to PyTorch and get back, around whatever has wrapped it."""
     registry = _AttentionBackendRegistry._backends
     native = next(key for key in registry if key.value == "native")
-    inner = registry[native]
+    dispatched, functional = registry[native], attention_processor.F
     calls: list[Kernel] = []
 
+    def value_of(value: Tensor) -> Tensor:
+        return value.detach().requires_grad_() if grad else value
+
     def outer(**call: Any) -> Tensor:
-        if grad:
-            call["value"] = call["value"].detach().requires_grad_()
-        out = inner(**call)
+        call["value"] = value_of(call["value"])
+        out = dispatched(**call)
         calls.append(Kernel(call["query"], call["key"], call["value"], out))
         return out
 
-    outer._attnctrl_original = inner
+    def attention(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        value = value_of(value.transpose(1, 2))
+        out = functional.scaled_dot_product_attention(query, key, value.transpose(1, 2), **call)
+        calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2)))
+        return out
+
+    outer._attnctrl_original = dispatched
     registry[native] = outer
+    attention_processor.F = types.SimpleNamespace(**{**vars(functional), "scaled_dot_product_attention": attention})
     try:
         yield calls
     finally:
-        registry[native] = inner
+        registry[native], attention_processor.F = dispatched, functional
 
 
 def traces(model: nn.Module) -> list[Any]:
@@ -166,4 +216,5 @@ def traces(model: nn.Module) -> list[Any]:
         )
         for name, module in model.named_modules()
     ]
-    return [per_module, list(model.state_dict()), {key: id(function) for key, function in registry.items()}]
+    kernels = {key: id(function) for key, function in registry.items()}
+    return [per_module, list(model.state_dict()), kernels, id(attention_processor.F)]

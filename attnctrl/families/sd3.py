@@ -1,0 +1,68 @@
+"""Stable Diffusion 3 and 3.5: joint attention over [image, text]; dual layers have a second one over the image alone.
+
+Guidance runs as one batch, the negative prompt's rows first. Positions are added to the image once, before the first
+block, so texts have none and further ones may be appended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Frame, Frames, Layout, Measures
+from . import Arguments, Family, append_to, stacks
+
+_CLIP = 77
+
+
+def measure(model: Any, arguments: Arguments) -> Measures:
+    """Sizes from the latents [B, C, H, W], the model's patch size and `encoder_hidden_states`."""
+    patch: Any = model.config.patch_size
+    height, width = arguments["hidden_states"].shape[-2:]
+    return Measures(arguments["encoder_hidden_states"].shape[1], (height // patch, width // patch))
+
+
+def arrange(model: Any, measures: Measures) -> Frames:
+    """Frames "joint" and "self"."""
+    return Frames.of(
+        joint=Frame.joint(Layout.of(order=("image", "text"), **vars(measures))),
+        self=Frame.joint(Layout.of(order=("image",), **vars(measures))),
+    )
+
+
+def count_tokens(pipe: Any, prompt: str) -> int:
+    """77 tokens of the CLIP encoders, then T5's own, its end token included, at most 256; 256 where T5 is left out."""
+    if pipe.text_encoder_3 is None:
+        return _CLIP + 256
+    return _CLIP + len(pipe.tokenizer_3(prompt, truncation=True, max_length=256).input_ids)
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, prompt: str) -> Tensor:
+    """Embedding of one prompt by itself: [tokens, channels]; T5's part at its real length, without padding."""
+    return pipe.encode_prompt(
+        prompt,
+        None,
+        None,
+        device=pipe._execution_device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=count_tokens(pipe, prompt) - _CLIP,
+    )[0][0]
+
+
+SD3 = Family(
+    name="sd3",
+    models=("SD3Transformer2DModel",),
+    layers=stacks(("joint", "transformer_blocks", "attn", "joint"), ("dual", "transformer_blocks", "attn2", "self")),
+    measure=measure,
+    arrange=arrange,
+    batch=("uncond", "cond"),
+    pixels_per_token=16,
+    timestep=lambda arguments: arguments["timestep"],
+    sigma=lambda timestep: timestep / 1000,
+    append_text=append_to(),
+    encode=encode_prompt,
+    count=count_tokens,
+)
