@@ -186,3 +186,27 @@ def test_only_selected_layers_are_touched(family: Any, door: Any, case: Case) ->
             )
             expected = [(seen, None)]
         assert (dense(call.query, call.key, call.value, *expected) - call.out).abs().max() < 1e-5
+
+
+@every_family
+def test_layout_probe(family: Any) -> None:
+    """Another text moves exactly the rows that the family calls text, up to the first layer that reads it."""
+    setting = family()
+    spoken = family_of(setting.model)
+    frames = spoken.arrange(setting.model, spoken.measure(setting.model, setting.inputs))
+    text = spoken.text(setting.inputs)
+    name = next(key for key, value in setting.inputs.items() if value is text)
+    with probe() as before, torch.no_grad():
+        setting.run()
+    with probe() as after, torch.no_grad():
+        setting.run(**{name: torch.randn_like(text)})
+    layers = spoken.layers(setting.model)
+    first = next(i for i, layer in enumerate(layers) if "text.global" in frames[layer.frame])
+    for layer, a, b in list(zip(layers, before, after, strict=True))[: first + 1]:
+        frame = frames[layer.frame]
+        for side, x, y in ((frame.queries, a.query, b.query), (frame.keys, a.key, b.key)):
+            moved = (x - y).abs().amax(dim=(0, 2, 3)) > 1e-6
+            reads = torch.zeros(side.tokens, dtype=torch.bool)
+            if "text.global" in side:
+                reads[side["text.global"].start : side["text.global"].stop] = True
+            assert torch.equal(moved, reads)
