@@ -90,7 +90,7 @@ class Engine:
         self._owner: list[Entry] = []
         self._run = _Run()
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], Frames] | None = None
-        self._pending: tuple[Acts, Moment] | None = None
+        self._pending: tuple[Acts, Moment, Sequence[int]] | None = None
         self._warned: set[str] = set()
         self._appended: dict[Branches, int] = {}
         self._text: tuple[Any, Tensor] | None = None
@@ -179,12 +179,13 @@ class Engine:
             entry.forwards += 1
         if pending is None:
             return
-        acts, moment = pending
+        acts, moment, skipped = pending
         unmet = self.tap.unmet()
-        if unmet and not self._caches_blocks():
+        silent = [layer for layer in unmet if layer.index not in skipped]
+        if silent and not self._caches_blocks():
             raise SilentControlError(
-                f"{len(unmet)} of {len(acts)} controlled layers called no attention kernel that could be met: "
-                f"{', '.join(layer.name for layer in unmet[:4])}{', ...' if len(unmet) > 4 else ''}. Their processors "
+                f"{len(silent)} of {len(acts)} controlled layers called no attention kernel that could be met: "
+                f"{', '.join(layer.name for layer in silent[:4])}{', ...' if len(silent) > 4 else ''}. Their processors "
                 "were replaced, or the model was compiled in a way that leaves hooks out. Attach before compiling, or "
                 "attach again."
             )
@@ -220,7 +221,7 @@ class Engine:
         acts = self.stack.acts(variants, device, present)
         self._warn_of_masks(acts)
         self.tap.assign({name: act for name, (act, _) in acts.items()})
-        self._pending = (acts, moment)
+        self._pending = (acts, moment, _skipped(arguments))
         return arguments
 
     def _present_layers(self) -> Presence:
@@ -305,7 +306,7 @@ class Engine:
 
     def _batch(self, arguments: dict[str, Any]) -> Branches:
         """Branches of a family that batches them; () when this forward holds a single one."""
-        if arguments[self.family.hidden].shape[0] == 1 or arguments.get("skip_layers") is not None:
+        if arguments[self.family.hidden].shape[0] == 1 or _skipped(arguments):
             return ()
         guided = next((found for entry in self.entries if (found := _guided(entry.pipe)) is not None), None)
         if guided is None:
@@ -394,6 +395,11 @@ def step_index(scheduler: Any) -> int:
     """The scheduler's step, also before its first one; past the last one after a run."""
     index = getattr(scheduler, "step_index", None)
     return index if index is not None else getattr(scheduler, "begin_index", None) or 0
+
+
+def _skipped(arguments: dict[str, Any]) -> Sequence[int]:
+    """Blocks that skip layer guidance leaves out of a forward of its own, which holds the prompt's rows alone."""
+    return arguments.get("skip_layers") or ()
 
 
 def _guided(pipe: Any) -> bool | None:

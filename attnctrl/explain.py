@@ -143,8 +143,8 @@ def explain(
 
 
 def _grid(pipe: Any, family: Family, width: int | None, height: int | None) -> Grid:
-    # a pixel of the latents covers vae_scale_factor pixels, a token covers two by two of them
-    token = 2 * pipe.vae_scale_factor if hasattr(pipe, "vae_scale_factor") else family.pixels_per_token
+    # the usual autoencoders shrink by 8
+    token = family.pixels_per_token * getattr(pipe, "vae_scale_factor", 8) // 8
     return (height or 1024) // token, (width or 1024) // token
 
 
@@ -155,7 +155,7 @@ def _length(region: Region, pipe: Any, family: Family, given: int | Mapping[str,
         return given
     if given is not None and region.prompt in given:
         return given[region.prompt]
-    if getattr(pipe, "tokenizer_2", None) is not None:
+    if getattr(pipe, "tokenizer", None) is not None:
         return family.count(pipe, region.prompt)
     notes.append("lengths of region texts are estimated from their words; a pipeline with a tokenizer counts them")
     return 1 + round(4 / 3 * len(region.prompt.split()))

@@ -14,8 +14,6 @@ from torch import Tensor
 from ..layout import Frame, Frames, Layout, Measures
 from . import Arguments, Family, append_to, stacks
 
-_CLIP = 77
-
 
 def measure(model: Any, arguments: Arguments) -> Measures:
     """Sizes from the latents [B, C, H, W], the model's patch size and `encoder_hidden_states`."""
@@ -33,23 +31,24 @@ def arrange(model: Any, measures: Measures) -> Frames:
 
 
 def count_tokens(pipe: Any, prompt: str) -> int:
-    """77 tokens of the CLIP encoders, then T5's own, its end token included, at most 256; 256 where T5 is left out."""
+    """The CLIP encoders' full length (77), then T5's own tokens, its end token included, at most 256."""
+    return int(pipe.tokenizer_max_length) + _t5_tokens(pipe, prompt)
+
+
+def _t5_tokens(pipe: Any, prompt: str) -> int:
     if pipe.text_encoder_3 is None:
-        return _CLIP + 256
-    return _CLIP + len(pipe.tokenizer_3(prompt, truncation=True, max_length=256).input_ids)
+        return 0  # the pipeline fills up with zeros
+    return len(pipe.tokenizer_3(prompt, truncation=True, max_length=256).input_ids)
 
 
 @torch.no_grad()
 def encode_prompt(pipe: Any, prompt: str) -> Tensor:
     """Embedding of one prompt by itself: [tokens, channels]; T5's part at its real length, without padding."""
-    return pipe.encode_prompt(
-        prompt,
-        None,
-        None,
-        device=pipe._execution_device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=count_tokens(pipe, prompt) - _CLIP,
-    )[0][0]
+    options = {"device": pipe._execution_device, "do_classifier_free_guidance": False}
+    # the pipeline asks for one token of T5 at least, also where T5 is left out
+    length = max(1, _t5_tokens(pipe, prompt))
+    encoded = pipe.encode_prompt(prompt, None, None, max_sequence_length=length, **options)[0][0]
+    return encoded[: count_tokens(pipe, prompt)]
 
 
 SD3 = Family(

@@ -1,0 +1,102 @@
+"""Tiny random pipelines of the real classes: Stable Diffusion and Stable Diffusion 3 with the toy world's tokenizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModelWithProjection
+
+from attnctrl.toybox import text
+from attnctrl.toybox.build import TINY_FLUX
+
+WIDTH = 32
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(**{**TINY_FLUX.vae, "latent_channels": 4})
+
+
+def _ready(pipe: Any) -> Any:
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd(seed: int = 0) -> StableDiffusionPipeline:
+    """A UNet of two levels, the finer one with 4 x 6 latents for 16 x 24 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip = text.clip_tokenizer()
+        encoder, _ = text.text_encoders(clip, text.t5_tokenizer(), width=WIDTH, layers=1)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=2,
+            cross_attention_dim=WIDTH,
+            norm_num_groups=4,
+        )
+        pipe = StableDiffusionPipeline(
+            vae=_vae(),
+            text_encoder=encoder,
+            tokenizer=clip,
+            unet=unet,
+            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _ready(pipe)
+
+
+def sd3(seed: int = 0, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
+    """Two joint blocks, the first one dual; two CLIP encoders and T5."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
+        encoder, t5_encoder = text.text_encoders(clip, t5, width=WIDTH, layers=1)
+        config = encoder.config.__class__(**{**encoder.config.to_dict(), "hidden_size": 16, "projection_dim": 16})
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+        pipe = StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_vae(),
+            text_encoder=CLIPTextModelWithProjection(config),
+            tokenizer=clip,
+            text_encoder_2=CLIPTextModelWithProjection(config),
+            tokenizer_2=clip,
+            text_encoder_3=t5_encoder if with_t5 else None,
+            tokenizer_3=t5 if with_t5 else None,
+        )
+    return _ready(pipe)
