@@ -185,9 +185,9 @@ class Engine:
         if silent and not self._caches_blocks():
             raise SilentControlError(
                 f"{len(silent)} of {len(acts)} controlled layers called no attention kernel that could be met: "
-                f"{', '.join(layer.name for layer in silent[:4])}{', ...' if len(silent) > 4 else ''}. Their processors "
-                "were replaced, or the model was compiled in a way that leaves hooks out. Attach before compiling, or "
-                "attach again."
+                f"{', '.join(layer.name for layer in silent[:4])}{', ...' if len(silent) > 4 else ''}. Their "
+                "processors were replaced, or the model was compiled in a way that leaves hooks out. Attach before "
+                "compiling, or attach again."
             )
         missed = {layer.name for layer in unmet}
         for number, seat in enumerate(self.stack.seats):

@@ -119,7 +119,7 @@ def test_windows(name: str, steps: int, window: Any, acting: tuple[int, ...]) ->
 def test_windows_follow_the_scheduler(kind: Any) -> None:
     pipe = pipeline("sd")
     before = pipe.scheduler
-    pipe.scheduler = kind.from_config(before.config)
+    pipe.scheduler = kind.from_config(before.config, **({"skip_prk_steps": True} if kind is PNDMScheduler else {}))
     try:
         with ac.attach(pipe, ac.Isolate([LEFT, RIGHT], window=(0.0, 0.5))) as handle:
             generate("sd", steps=6)
@@ -155,8 +155,7 @@ def test_skipped_layers_of_sd3_run_as_a_third_forward_of_the_prompt() -> None:
     options = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
     with ac.attach(pipeline("sd3"), stack), predictions("sd3") as seen:
         generate("sd3", steps=2, **options)
-    assert [len(rows) for rows in seen] == [2, 1] * (len(seen) // 2)
-    assert len(seen) == 4
+    assert [len(rows) for rows in seen] == [2, 2, 1]  # not in the first step
 
 
 def test_region_texts_of_sd3_without_t5() -> None:
