@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .explain import Explanation, explain
-    from .layout import Region
     from .processors import ControlledAttnProcessor, IsolationAttnProcessor, RegionAttnProcessor, processors
+    from .region import Region
     from .schedule import Sigma
 
 __all__ = [
@@ -65,7 +65,7 @@ _HOMES = {
     "attach": ("Handle", "Report", "attach"),
     "controls": ("Control", "Isolate", "Regions"),
     "explain": ("Explanation", "explain"),
-    "layout": ("Region",),
+    "region": ("Region",),
     "processors": ("ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors"),
     "schedule": ("Sigma",),
 }

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Kernel, Pass, plan
-from .layout import Frame, Group, Layout, Region, partition
+from .layout import Frame, Group, Layout, partition
+from .region import Region
 from .visibility import Visibility, compose
 
 __all__ = ["Act", "Blend", "Row", "Situation", "build_passes", "build_plan"]

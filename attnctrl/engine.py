@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Row
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .families import Family, family_of
 from .kernels import MASKING, backend_name
-from .layout import Frames, Region
-from .schedule import Moment, locate, run_levels
+from .layout import Frames
+from .place import Branches, Place, rows_of, skipped_blocks
+from .region import Region
+from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
 from .tap import Tap, check_model, execution_device
@@ -23,7 +24,6 @@ from .tap import Tap, check_model, execution_device
 __all__ = ["Engine", "Entry", "engine_of"]
 
 _SEAT = "_attnctrl_engine"
-Branches = tuple[str | None, ...]
 
 
 class Entry:
@@ -88,7 +88,7 @@ class Engine:
         self.tap = Tap(model, self.layers, self, root=root)
         self.stack = Stack((), self.layers, self.family.presets)
         self._owner: list[Entry] = []
-        self._run = _Run()
+        self._place = Place(self.family)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], Frames] | None = None
         self._pending: tuple[Acts, Moment, Sequence[int]] | None = None
         self._warned: set[str] = set()
@@ -140,7 +140,8 @@ class Engine:
             stack.seats[number] = known.get(id(seat.control), seat)
         for entry in entries:
             entry.seats = [seat for seat, whose in zip(stack.seats, owner, strict=True) if whose is entry]
-        self.entries, self.stack, self._owner, self._run = entries, stack, owner, _Run()
+        self.entries, self.stack, self._owner = entries, stack, owner
+        self._place = Place(self.family)
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Decide what acts in the forward that begins; None runs it as it is."""
@@ -156,9 +157,9 @@ class Engine:
         if not self.entries or not self.stack.seats:
             return None
         scheduler = next((s for entry in self.entries if (s := entry.scheduler) is not None), None)
-        moment = self._moment(arguments, scheduler)
+        moment = self._place.moment(arguments, scheduler, self.stack.needs_position())
         branches = self._branches(arguments, scheduler)
-        rows = self._rows(arguments, branches)
+        rows = rows_of(arguments[self.family.hidden].shape[0], branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
         if not any(active.values()):
             self._note_length(branches, 0)
@@ -221,7 +222,7 @@ class Engine:
         acts = self.stack.acts(variants, device, present)
         self._warn_of_masks(acts)
         self.tap.assign({name: act for name, (act, _) in acts.items()})
-        self._pending = (acts, moment, _skipped(arguments))
+        self._pending = (acts, moment, skipped_blocks(arguments))
         return arguments
 
     def _present_layers(self) -> Presence:
@@ -272,68 +273,19 @@ class Engine:
             self._measured = last = (objects, sizes, self.family.arrange(self.model, measures))
         return last[2]
 
-    def _moment(self, arguments: dict[str, Any], scheduler: Any) -> Moment:
-        marks, sigmas = self._run.levels(scheduler)
-        index = step_index(scheduler)
-        if not self.stack.needs_position():
-            step = index if index < len(sigmas) else None
-            return Moment(None if step is None else sigmas[step], step, sigmas)
-        timestep = self.family.timestep(arguments).reshape(-1)
-        levels = timestep.tolist()
-        if max(levels) != min(levels):
-            raise LayoutError(
-                f"Rows of one forward are at different noise levels (timesteps {min(levels):g} to {max(levels):g})."
-            )
-        rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        step = locate(levels[0], marks, index, rounding)
-        if step is not None:
-            return Moment(sigmas[step], step, sigmas)
-        return Moment(None if self.family.sigma is None else self.family.sigma(levels[0]), None, sigmas)
-
     def _branches(self, arguments: dict[str, Any], scheduler: Any) -> Branches:
-        """The guidance branches that this forward's batch holds, in the order of its rows; None where unknown."""
+        """The guidance branches that this forward's batch holds, in the order of its rows."""
         given = next((entry.branches for entry in self.entries if entry.branches), ())
         if given:
             return given
         if self.tap.branch in self.family.branches:
             return (self.tap.branch,)
-        batch = self.family.batch and self._batch(arguments)
+        batch = self.family.batch and self._place.batch(arguments, [entry.pipe for entry in self.entries])
         if batch:
             return batch
         if self.tap.branch is not None or all(seat.control.branch == "all" for seat in self.stack.seats):
             return (None,)
-        return (self._branch_by_text(arguments, scheduler),)
-
-    def _batch(self, arguments: dict[str, Any]) -> Branches:
-        """Branches of a family that batches them; () when this forward holds a single one."""
-        if arguments[self.family.hidden].shape[0] == 1 or _skipped(arguments):
-            return ()
-        guided = next((found for entry in self.entries if (found := _guided(entry.pipe)) is not None), None)
-        if guided is None:
-            return (None,)
-        perturbed = any(getattr(entry.pipe, "do_perturbed_attention_guidance", False) for entry in self.entries)
-        order = tuple(name for name in self.family.batch if guided or name == "cond")
-        return (*order, "perturbed") if perturbed else order if guided else ()
-
-    def _branch_by_text(self, arguments: dict[str, Any], scheduler: Any) -> str | None:
-        text, (marks, _) = self.family.text(arguments), self._run.levels(scheduler)
-        index = step_index(scheduler)
-        if index < len(marks):
-            return self.family.branches[0 if self._run.is_first_text(self._run.timesteps, index, text) else 1]
-        level = self.family.timestep(arguments).reshape(-1)[0].item()
-        return self.family.branches[0] if self._run.is_first_text(None, level, text) else None
-
-    def _rows(self, arguments: dict[str, Any], branches: Branches) -> list[Row]:
-        batch, scenes = arguments[self.family.hidden].shape[0], self.stack.scenes
-        each, left = divmod(batch, len(branches))
-        if left or each % scenes:
-            parts = f" of {len(branches)} guidance branches ({', '.join(map(str, branches))})" * (len(branches) > 1)
-            raise LayoutError(
-                f"The controls hold regions for {scenes} samples, but the batch has {batch} rows{parts}. Give one list "
-                "of regions per prompt, or one list for all."
-            )
-        # pipelines repeat each prompt num_images_per_prompt times in a row
-        return [Row(branch, index * scenes // each) for branch in branches for index in range(each)]
+        return (self._place.branch_by_text(arguments, scheduler),)
 
     def _caches_blocks(self) -> bool:
         """Diffusers' caching skips layers in some steps."""
@@ -357,57 +309,6 @@ class Engine:
                     f"(first at {layer.name}); masked calls run on 'native' instead.",
                     stacklevel=2,
                 )
-
-
-class _Run:
-    """What is remembered between forwards to tell runs, steps and branches apart."""
-
-    def __init__(self) -> None:
-        self.timesteps: Any = None
-        self._levels: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
-        self._place: tuple[Any, float] = (None, 0.0)
-        self._first: Tensor | None = None
-        self._second: Tensor | None = None
-
-    def levels(self, scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(timesteps, sigmas) of the scheduler's run, read once a run: `set_timesteps` makes new tensors."""
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not self.timesteps:
-            self.timesteps, self._levels = timesteps, run_levels(scheduler)
-        return self._levels
-
-    def is_first_text(self, run: Any, place: float, text: Tensor) -> bool:
-        """Whether `text` is the first that came at this place of this run: the first branch in CFG order."""
-        if self._first is None or run is not self._place[0] or place != self._place[1]:
-            self._place, self._first, self._second = (run, place), text, None
-            return True
-        if text is self._first:
-            return True
-        if text is self._second:
-            return False
-        if text.shape == self._first.shape and torch.equal(text, self._first):
-            return True
-        self._second = text
-        return False
-
-
-def step_index(scheduler: Any) -> int:
-    """The scheduler's step, also before its first one; past the last one after a run."""
-    index = getattr(scheduler, "step_index", None)
-    return index if index is not None else getattr(scheduler, "begin_index", None) or 0
-
-
-def _skipped(arguments: dict[str, Any]) -> Sequence[int]:
-    """Blocks that skip layer guidance leaves out of a forward of its own, which holds the prompt's rows alone."""
-    return arguments.get("skip_layers") or ()
-
-
-def _guided(pipe: Any) -> bool | None:
-    """Whether a pipeline's present run uses classifier-free guidance; None where it does not tell."""
-    try:
-        return bool(pipe.do_classifier_free_guidance)
-    except AttributeError:  # no pipeline, none of this property, or no run yet
-        return None
 
 
 def engine_of(model: nn.Module) -> Engine:

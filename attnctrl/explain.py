@@ -20,7 +20,8 @@ from .call import Situation, build_passes
 from .controls.base import Control
 from .execute import Pass
 from .families import Family, family_of
-from .layout import Frames, Grid, Group, Measures, Region
+from .layout import Frames, Group, Measures
+from .region import Grid, Region
 from .schedule import Moment
 from .select import Layer, describe
 from .stack import Stack, Variant

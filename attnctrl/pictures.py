@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from attnctrl.layout import Region
+    from attnctrl.region import Region
 
 Color = tuple[int, int, int]
 # Okabe and Ito's palette: told apart by colour-blind readers too.

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from attnctrl.controls import Control
-    from attnctrl.layout import Region
+    from attnctrl.region import Region
 
 VERSION = 1
 MAX_SIDE, SIDE_MULTIPLE = 4096, 8
@@ -248,7 +248,7 @@ class Scene(_Document):
 
         With `background`, one more region is everything outside the others; it comes last.
         """
-        from attnctrl.layout import Region
+        from attnctrl.region import Region
 
         regions = [
             Region(

@@ -14,7 +14,7 @@ from attnctrl.scenefile import Problem, scene_error, short
 
 if TYPE_CHECKING:
     from attnctrl.controls import Control
-    from attnctrl.layout import Region
+    from attnctrl.region import Region
 
 REGIONS = "regions"  # the parameter of controls that a scene fills with its own subjects
 _AS_WRITTEN: dict[str, Any] = {"window": list[float] | dict[str, list[float]], "layers": str | list[str] | None}

@@ -13,7 +13,8 @@ from .call import Act, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError
 from .execute import ExecutionPlan
-from .layout import Frames, Grid, Region, membership
+from .layout import Frames
+from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, select
 

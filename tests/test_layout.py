@@ -11,7 +11,8 @@ from PIL import Image
 
 from attnctrl.errors import LayoutError
 from attnctrl.families.flux import measure
-from attnctrl.layout import Layout, Measures, Region, TokenRange, coverage, labels, membership, partition
+from attnctrl.layout import Layout, Measures, TokenRange, partition
+from attnctrl.region import Region, coverage, labels, membership
 
 unit = st.floats(0, 1, allow_nan=False)
 

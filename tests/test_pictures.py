@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnctrl.layout import Region
 from attnctrl.pictures import PALETTE, PAPER, draw_regions, enlarge, grid
+from attnctrl.region import Region
 
 GRAY = (120, 120, 120)
 

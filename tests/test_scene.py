@@ -15,7 +15,7 @@ from PIL import Image
 from attnctrl import scene as module
 from attnctrl.controls import CONTROLS
 from attnctrl.errors import SceneError
-from attnctrl.layout import coverage, membership
+from attnctrl.region import coverage, membership
 from attnctrl.scene import Scene, load_scene, scene_schema
 from attnctrl.scenefile import MAX_SCENE_BYTES
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ..call import Blend, Situation
 from ..errors import ControlError
-from ..layout import Overlap, Region
+from ..region import Overlap, Region
 from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
 from ..select import Selector
 from ..visibility import Visibility

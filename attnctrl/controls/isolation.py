@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..call import Situation
-from ..layout import Group, Overlap, Region
+from ..layout import Group
+from ..region import Overlap, Region
 from ..visibility import Visibility
 from .base import Control, Scenes, scenes_of
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from ..layout import Grid, Measures
+from ..layout import Measures
+from ..region import Grid
 from . import Arguments, Family, joint, stacks
 
 

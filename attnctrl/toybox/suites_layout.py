@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 import attnctrl
-from attnctrl.layout import Region, membership
 from attnctrl.metrics import background_similarity, fill_ratio, inclusion_ratio, metric, result, seam
 from attnctrl.metrics.stats import Better
+from attnctrl.region import Region, membership
 
 from . import world
 from .scorer import Expected, Reading, agrees, match, read_picture

@@ -126,7 +126,7 @@ def test_windows_follow_the_scheduler(kind: Any) -> None:
         (one,) = handle.report().controls
         # PNDM has a second timestep twice, and both forwards stand at the same step
         assert one.steps == ((0, 1) if kind is PNDMScheduler else (0, 1, 2))
-        sigmas = handle._engine._run.levels(pipe.scheduler)[1]
+        sigmas = handle._engine._place.levels(pipe.scheduler)[1]
         with ac.attach(pipe, ac.Isolate([LEFT, RIGHT], window=ac.Sigma(sigmas[1], sigmas[-2]))) as handle:
             generate("sd", steps=6)
         chosen = {i for i, sigma in enumerate(sigmas) if sigmas[-2] < sigma <= sigmas[1]}
