@@ -208,7 +208,7 @@ class Engine:
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
-        if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
+        if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise UnsupportedModelError(
                 "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
                 "model.disable_gradient_checkpointing(), or run under torch.no_grad()."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +11,7 @@ torch.set_num_threads(1)
 # a busy machine is no failure
 settings.register_profile("attnctrl", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("attnctrl")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-compatibility", action="store_true", help="write docs/compatibility.md anew")

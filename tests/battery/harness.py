@@ -169,10 +169,10 @@ class Kernel:
 
 
 @contextmanager
-def probe(*, grad: bool = False) -> Iterator[list[Kernel]]:
-    """Record what processors give to the native backend or to PyTorch and get back, around whatever has wrapped it."""
+def probe(*, grad: bool = False, backend: str = "native") -> Iterator[list[Kernel]]:
+    """Record what processors give to a backend or to PyTorch and get back, around whatever has wrapped it."""
     registry = _AttentionBackendRegistry._backends
-    native = next(key for key in registry if key.value == "native")
+    native = next(key for key in registry if key.value == backend)
     dispatched, functional = registry[native], attention_processor.F
     calls: list[Kernel] = []
 
