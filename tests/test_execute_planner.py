@@ -47,7 +47,7 @@ def test_explain_names_both_sides_of_cross_attention() -> None:
 
 def test_wrong_requests_are_refused() -> None:
     visibility = hard([0, 1], [[1, 0], [0, 1]])
-    with pytest.raises(PlanError, match=r"'flash'.*auto, untouched, grouped, dense"):
+    with pytest.raises(PlanError, match=r"'flash'.*auto, untouched, grouped, varlen, flex, xformers, dense"):
         plan(visibility, executor="flash")
     with pytest.raises(PlanError, match=r"2 classes of queries at density 0\.50"):
         plan(visibility, executor="untouched")

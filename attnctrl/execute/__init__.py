@@ -1,6 +1,6 @@
 """Executors: turn visibilities into kernel calls that equal the dense masked formula. Knows tensors only.
 
-plan = execute.plan(visibility)                      # chooses untouched, grouped or dense and says why: plan.explain()
+plan = execute.plan(visibility)                      # chooses a lowering and says why: plan.explain()
 out = plan.run(query, key, value, kernel=execute.sdpa)
 """
 
