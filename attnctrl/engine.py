@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from .call import Row
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
+from .execute import Host
 from .families import Family, family_of
 from .kernels import MASKING, backend_name
 from .layout import Frames, Region
 from .schedule import Moment, locate, run_levels
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
-from .tap import Tap, check_model, execution_device
+from .tap import Tap, check_model, execution_device, is_compiled
 
 __all__ = ["Engine", "Entry", "engine_of"]
 
@@ -218,11 +219,19 @@ class Engine:
         self._note_length(branches, appended)
         if appended:
             arguments = self.family.append_text(arguments, self._texts(self.family.text(arguments), variants, appended))
-        acts = self.stack.acts(variants, device, present)
+        acts = self.stack.acts(variants, device, present, self._host(device))
         self._warn_of_masks(acts)
         self.tap.assign({name: act for name, (act, _) in acts.items()})
         self._pending = (acts, moment, _skipped(arguments))
         return arguments
+
+    def _host(self, device: torch.device) -> Host:
+        """What plans may count on; the CPU has nothing to gain from it."""
+        if device.type == "cpu":
+            return Host()
+        # "native" leaves the choice to torch, any other backend is the user's own choice
+        native = all(backend_name(layer.module) == "native" for layer in self.layers)
+        return Host(own_kernels=native, compiling=is_compiled(self.model))
 
     def _present_layers(self) -> Presence:
         """Per seat the layers its processors sit on, None for all; entries whose processors are gone leave."""

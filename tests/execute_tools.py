@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctrl.execute import Pass, sdpa
 from attnctrl.visibility import Visibility
@@ -87,3 +88,18 @@ class Spy:
     ) -> Tensor:
         self.calls.append((q, k, v, mask, scale))
         return sdpa(q, k, v, mask, scale)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, Tensor):
+                self.numel = max(self.numel, one.numel())
+        return out

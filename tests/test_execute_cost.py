@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from execute_tools import INF, Spy, formula, hard, inputs, random_visibility
+from execute_tools import INF, LargestTensor, Spy, formula, hard, inputs, random_visibility
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctrl.execute import ExecutionPlan, Pass, plan, sdpa
 from attnctrl.execute import bench as benchmarks
@@ -76,21 +75,6 @@ def test_soft_rows_take_one_bias_per_key() -> None:
     spy = Spy()
     plan(visibility, executor="grouped").run(*inputs(100, dtype=torch.float32), kernel=spy)
     assert [mask.shape for *_, mask, _ in spy.calls if mask is not None] == [(1, 1, 1, 100)] * 2
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, Tensor):
-                self.numel = max(self.numel, one.numel())
-        return out
 
 
 def test_grouped_makes_nothing_of_tokens_times_tokens() -> None:

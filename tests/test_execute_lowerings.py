@@ -74,7 +74,7 @@ def test_every_lowering_equals_the_dense_formula(
         assert (out - expected).abs().max() < 1e-12, lowering
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**16), soft=st.booleans(), joint=st.booleans(), mixed=st.booleans())
 def test_flex_equals_the_dense_formula(seed: int, soft: bool, joint: bool, mixed: bool) -> None:
     """More than one block of 128, the last one cut off."""
@@ -235,7 +235,7 @@ def test_levels_scattered_over_the_sequence_read_runs_of_sorted_keys() -> None:
 
 def test_extreme_log_weights_do_not_overflow() -> None:
     atom = torch.arange(60) // 20
-    table = torch.tensor([[0, 80.0, -80.0], [-300.0, 0, 0], [1000.0, 999.0, -1000.0]])
+    table = torch.tensor([[0, 80.0, -80.0], [-300.0, 0, 0], [1024.0, 1016.0, -1000.0]])
     visibility = Visibility.joint(atom, table, ("a", "b", "c"))
     q, k, v = inputs(60, dtype=torch.bfloat16)
     for lowering in ("lse", "varlen"):

@@ -6,7 +6,8 @@ out = plan.run(query, key, value, kernel=execute.sdpa)
 
 from __future__ import annotations
 
-from .base import ExecutionPlan, Kernel, Pass, sdpa
+from .base import ExecutionPlan, Host, Kernel, Pass, sdpa
 from .planner import plan
+from .tokens import as_bias
 
-__all__ = ["ExecutionPlan", "Kernel", "Pass", "plan", "sdpa"]
+__all__ = ["ExecutionPlan", "Host", "Kernel", "Pass", "as_bias", "plan", "sdpa"]

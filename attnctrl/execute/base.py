@@ -47,6 +47,20 @@ class Pass:
     weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Host:
+    """What a plan may count on where it runs. Neither can be found out when a plan is made, nor change it when it runs.
+
+    Attributes:
+        own_kernels: torch's own kernels may stand in for the given one, so packed and block-sparse calls and merged
+            levels can be chosen; False where the user has selected another attention backend.
+        compiling: the plan runs inside torch.compile, where FlexAttention is a fused kernel.
+    """
+
+    own_kernels: bool = False
+    compiling: bool = False
+
+
 class ExecutionPlan(ABC):
     """A visibility (or a mix of passes) made ready to run.
 

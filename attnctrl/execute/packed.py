@@ -179,8 +179,8 @@ def pack(terms: Terms) -> Packing:
 
 
 def copied(terms: Terms) -> int:
-    """Tokens that packing copies: queries in and out once per log-weight, and the keys of each class."""
-    return sum(2 * len(split_levels(one.row)) * one.queries.numel() + one.keys for one in terms.classes)
+    """Tokens that packing copies: the keys of each class, and its queries once more for each further log-weight."""
+    return sum(one.keys + (len(split_levels(one.row)) - 1) * one.queries.numel() for one in terms.classes)
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:

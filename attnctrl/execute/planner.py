@@ -9,7 +9,7 @@ import torch
 from ..errors import PlanError
 from ..visibility import Visibility
 from . import flex, grouped, packed
-from .base import ExecutionPlan, Pass
+from .base import ExecutionPlan, Host, Pass
 from .dense import DensePlan
 from .flex import FlexPlan
 from .grouped import GroupedPlan
@@ -30,9 +30,9 @@ CALL_COST = 5_000
 # On CUDA a call is a few kernel launches, and a mask excludes the flash kernels: estimates, not measured.
 DENSE_COST_CUDA = 1.5
 CALL_COST_CUDA = 500_000
-# A packed call copies its tokens: bytes moved for one are worth about so many score pairs of a flash kernel, from the
-# data sheets of accelerators. An estimate, not measured.
-PACK_COST_CUDA = 256
+# Bytes moved for a copied token are worth so many score pairs of a flash kernel (4.8 TB/s of a data sheet and some 500
+# TFLOP/s make it 200), and grouped calls copy theirs too: the same estimate for both, not measured.
+COPY_COST_CUDA = grouped.ROWS_PER_CALL_CUDA
 # FlexAttention's generated kernels against flash attention, per score pair. An estimate, not measured.
 FLEX_COST_CUDA = 1.2
 # A soft class costs a call per distinct log-weight where a bias costs DENSE_COST_CUDA once: worth it for few of them.
@@ -45,7 +45,7 @@ def plan(
     *,
     executor: str = "auto",
     device: torch.device | str | None = None,
-    compiling: bool = False,
+    host: Host = Host(),
     soft: str = "auto",
 ) -> ExecutionPlan:
     """Make the plan of one attention call.
@@ -54,16 +54,15 @@ def plan(
 
     Args:
         passes: one visibility, or several passes to mix; their atoms may differ, their tokens may not.
-        executor: "auto" chooses by estimated cost among untouched, grouped, dense, on CUDA varlen, and flex when
-            compiling. By name: "grouped", "dense" and "flex" are always possible, "untouched" only for open
+        executor: "auto" chooses by estimated cost among untouched, grouped and dense, and, on CUDA where `host` lets
+            it, varlen and flex. By name: "grouped", "dense" and "flex" are always possible, "untouched" only for open
             visibilities, "varlen" runs segment by segment where the device has no such kernel, "xformers" needs the
             package and hard rows.
         device: where the plan's index tensors live; None takes that of the first visibility. Index tensors and Python
             numbers are all made here, on the CPU, so that `run` neither branches on data nor waits for the device.
-        compiling: the plan will run inside torch.compile, where FlexAttention is a fused kernel. A plan is made before
-            the model is traced, so it cannot find out by itself.
+        host: what may be counted on where the plan runs; "auto" takes only calls of the given kernel otherwise.
         soft: how grouped calls weigh keys: "bias" adds a bias per key, "lse" merges one unmasked call per distinct
-            log-weight, "auto" takes the second on CUDA where they are few.
+            log-weight, "auto" takes the second on CUDA where they are few and `host` lets it.
 
     Raises:
         PlanError: when tokens of the passes differ, weights do not sum to 1, a computed query sees no key, or the
@@ -76,22 +75,23 @@ def plan(
     whole = [Pass(one) if isinstance(one, Visibility) else one for one in given]
     terms = build_terms(whole)
     target = torch.device(device) if device is not None else whole[0].visibility.query_atom.device
-    return _lower(terms, executor, target, compiling=compiling, soft=soft).to(target)
+    return _lower(terms, executor, target, host=host, soft=soft).to(target)
 
 
-def _lower(terms: Terms, executor: str, device: torch.device, *, compiling: bool, soft: str) -> ExecutionPlan:
+def _lower(terms: Terms, executor: str, device: torch.device, *, host: Host, soft: str) -> ExecutionPlan:
     reason = "asked for"
     if executor == "auto" and terms.is_open:
         executor = "untouched"
     if executor == "auto":
-        executor, reason = choose(estimate(terms, device, compiling=compiling), terms)
+        executor, reason = choose(estimate(terms, device, host), terms)
     if executor == "untouched":
         return _untouched(terms)
     if executor == "dense":
         return DensePlan(terms, reason)
     if executor == "grouped":
-        max_levels = {"bias": 0, "lse": terms.key_atom.numel()}.get(soft, MAX_LEVELS_CUDA * (device.type == "cuda"))
-        return GroupedPlan(terms, reason, device=device, max_levels=max_levels)
+        merges = MAX_LEVELS_CUDA if host.own_kernels and device.type == "cuda" else 0
+        levels = {"auto": merges, "bias": 0, "lse": terms.key_atom.numel()}[soft]
+        return GroupedPlan(terms, reason, device=device, max_levels=levels)
     if executor == "flex":
         return FlexPlan(terms, reason, device=device)
     return (VarlenPlan if executor == "varlen" else XformersPlan)(terms, reason, device=device)
@@ -121,15 +121,15 @@ def choose(costs: dict[str, float], terms: Terms) -> tuple[str, str]:
     return best, f"{kind} is estimated at {share:.2f} of a dense mask and {against}"
 
 
-def estimate(terms: Terms, device: torch.device | str | None = None, *, compiling: bool = False) -> dict[str, float]:
+def estimate(terms: Terms, device: torch.device | str | None = None, host: Host = Host()) -> dict[str, float]:
     """Estimated costs of a call, in unmasked score pairs, of the executors that are worth choosing on a device."""
     device = torch.device(device or "cpu")
     call, masked = (CALL_COST, DENSE_COST) if device.type == "cpu" else (CALL_COST_CUDA, DENSE_COST_CUDA)
     pairs, calls = grouped.cost(terms, device)
     queries = sum(one.queries.numel() for one in terms.classes)
     costs = {"grouped": pairs + call * calls, "dense": masked * queries * terms.tokens[1] + call}
-    if find_kernel(device, soft=any(one.is_soft for one in terms.classes)) is not None:
-        costs["varlen"] = sum(one.pairs for one in terms.classes) + PACK_COST_CUDA * packed.copied(terms) + call
-    if compiling and device.type == "cuda":
-        costs["flex"] = FLEX_COST_CUDA * flex.block_pairs(terms) + PACK_COST_CUDA * sum(terms.tokens) + call
+    if host.own_kernels and find_kernel(device, soft=any(one.is_soft for one in terms.classes)) is not None:
+        costs["varlen"] = sum(one.pairs for one in terms.classes) + COPY_COST_CUDA * packed.copied(terms) + call
+    if host.own_kernels and host.compiling and device.type == "cuda":
+        costs["flex"] = FLEX_COST_CUDA * flex.block_pairs(terms) + COPY_COST_CUDA * sum(terms.tokens) + call
     return costs

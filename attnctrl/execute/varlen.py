@@ -59,6 +59,9 @@ class TorchVarlen:
 
     name = "one call of torch's varlen_attn"
 
+    def __init__(self) -> None:
+        self._module = import_module("torch.nn.attention.varlen")
+
     def serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """See `PackedKernel.serves`."""
         return _flash_serves(query, value)
@@ -67,14 +70,15 @@ class TorchVarlen:
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `PackedKernel`."""
-        module = import_module("torch.nn.attention.varlen")
         packs = (x.flatten(0, 1) for x in (query, key, value))
         starts, longest, grouped = packing.starts(len(query)), packing.longest, query.shape[2] != key.shape[2]
         if packing.log_weight is None:
-            out = module.varlen_attn(*packs, *starts, *longest, scale=scale, enable_gqa=grouped)
+            out = self._module.varlen_attn(*packs, *starts, *longest, scale=scale, enable_gqa=grouped)
             return out.view_as(query), None
-        wanted = module.AuxRequest(lse=True)
-        out, lse = module.varlen_attn(*packs, *starts, *longest, scale=scale, enable_gqa=grouped, return_aux=wanted)
+        wanted = self._module.AuxRequest(lse=True)
+        out, lse = self._module.varlen_attn(
+            *packs, *starts, *longest, scale=scale, enable_gqa=grouped, return_aux=wanted
+        )
         # the kernel returns [H, B * n], whatever its documentation says
         return out.view_as(query), lse.transpose(0, 1).reshape(query.shape[:3])
 

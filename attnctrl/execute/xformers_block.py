@@ -25,6 +25,8 @@ class XformersKernel:
     name = "one block-diagonal call of xformers"
 
     def __init__(self) -> None:
+        self._attend = import_module("xformers.ops").memory_efficient_attention
+        self._make_bias = import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask.from_seqlens
         self._biases: dict[tuple[int, torch.device], Any] = {}
 
     def serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -44,16 +46,14 @@ class XformersKernel:
         if groups != heads:
             query = query.unflatten(2, (groups, heads // groups))
             key, value = (x[:, :, :, None].expand(-1, -1, -1, heads // groups, -1) for x in (key, value))
-        attend = import_module("xformers.ops").memory_efficient_attention
-        out = attend(query, key, value, attn_bias=self._bias(packing, batch, query.device), scale=scale)
+        out = self._attend(query, key, value, attn_bias=self._bias(packing, batch, query.device), scale=scale)
         return out.reshape(batch, count, heads, value.shape[-1]), None
 
     def _bias(self, packing: Packing, batch: int, device: torch.device) -> Any:
         """The block-diagonal bias of a batch, made at its first call."""
         if (batch, device) not in self._biases:
-            make = import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask.from_seqlens
             queries, keys = sequence_lengths(packing, batch)
-            self._biases[batch, device] = make(queries, keys, device=device)
+            self._biases[batch, device] = self._make_bias(queries, keys, device=device)
         return self._biases[batch, device]
 
 
