@@ -105,3 +105,11 @@ def test_new_strengths_need_no_new_graph() -> None:
         assert isinstance(made, FlexPlan)
         assert (run(made, q, k, v) - formula(visibility, q, k, v)).abs().max() < 1e-12
     assert len(compiled) == 1
+
+
+def test_explain_counts_blocks() -> None:
+    """Two blocks of queries: the first sees the first two of three blocks of keys, the second all, the last in part."""
+    atom, keys = torch.arange(256) // 128, (torch.arange(384) // 100).clamp(max=3)
+    table = torch.tensor([[0, 0, 0, -INF], [0, 0, 0, 0]])
+    made = plan(Visibility(atom, keys, table, ("a", "b"), tuple("wxyz")), executor="flex")
+    assert made.explain().endswith("asked for; 1.00 of the 128 x 128 blocks, 0.17 partial")

@@ -212,6 +212,7 @@ def test_levels_call_no_masked_kernel_and_record_no_gradients() -> None:
     visibility = Visibility.joint(atom, table, ("a", "b", "c", "d"))
     made = plan(visibility, executor="grouped", soft="lse")
     assert not made.needs_mask
+    assert made.explain().endswith("; 3 soft classes merged from unmasked calls")
     spy = Spy()
     q, k, v = inputs(200)
     out = made.run(q, k, v, kernel=spy)

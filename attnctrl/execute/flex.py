@@ -12,7 +12,7 @@ new kernel. Without torch.compile FlexAttention computes the whole score matrix:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,7 @@ class FlexPlan(ExecutionPlan):
         self._layers = deal(terms, by_row=True)
         self._soft = any(one.is_soft for one in terms.classes)
         self._grouped = GroupedPlan(terms, "in place of a block-sparse call", device=device)
+        self._shares = _shares([occupancy(self._rows, layer.row_of, self._key_atom) for layer in self._layers])
         self._prepare()
 
     def _prepare(self) -> None:
@@ -118,6 +119,10 @@ class FlexPlan(ExecutionPlan):
         blocks = [x for mask in self._masks for x in mask.as_tuple() if isinstance(x, Tensor)]
         held = tensor_bytes([self._rows, self._key_atom, *blocks]) + sum(layer.nbytes for layer in self._layers)
         return held + self._keys.nbytes + self._grouped.nbytes
+
+    def explain(self) -> str:
+        """See `ExecutionPlan.explain`; with the share of blocks that are computed, and of those that need the mask."""
+        return f"{super().explain()}; {self._shares}"
 
     def to(self, device: torch.device | str) -> FlexPlan:
         """The same plan on `device`."""
@@ -155,6 +160,12 @@ def block_pairs(terms: Terms) -> int:
     rows = torch.stack([one.row for one in terms.classes])
     key_atom = terms.key_atom[sort_keys(terms)]
     return sum(occupancy(rows, layer.row_of, key_atom).pairs for layer in deal(terms, by_row=True))
+
+
+def _shares(layers: Sequence[Blocks]) -> str:
+    total = sum(blocks.some.numel() for blocks in layers)
+    some, full = (sum(int(x.sum()) for x in side) for side in zip(*((b.some, b.full) for b in layers), strict=True))
+    return f"{some / total:.2f} of the {BLOCK} x {BLOCK} blocks, {(some - full) / total:.2f} partial"
 
 
 def _weighting(rows: Tensor, row_of: Tensor, key_atom: Tensor) -> Callable[..., Tensor]:

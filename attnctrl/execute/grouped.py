@@ -134,6 +134,11 @@ class GroupedPlan(ExecutionPlan):
         """Bytes of all index tensors, rows and weights."""
         return tensor_bytes([self._order, self._atom, self._sorted_atom]) + sum(call.nbytes for call in self.calls)
 
+    def explain(self) -> str:
+        """See `ExecutionPlan.explain`; with the classes that need no bias because their levels are merged."""
+        merged = sum(call.levels is not None for call in self.calls)
+        return super().explain() + (f"; {merged} soft classes merged from unmasked calls" if merged else "")
+
     @property
     def calls(self) -> tuple[Call, ...]:
         """The kernel calls, in the order they are made; calls that read the same keys follow each other."""
