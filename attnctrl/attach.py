@@ -138,7 +138,12 @@ class Handle:
 
 
 def attach(
-    pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None, branches: Sequence[str] = ()
+    pipe_or_model: Any,
+    controls: Control | Sequence[Control],
+    *,
+    scheduler: Any = None,
+    branches: Sequence[str] = (),
+    own_kernels: bool = False,
 ) -> Handle:
     """Put controls on a pipeline or a model. They act from the next forward on, until `detach` or the end of `with`.
 
@@ -151,6 +156,8 @@ def attach(
         scheduler: whose timesteps place the windows when a bare model is given.
         branches: guidance branches of one batch in the order of its rows, such as ("uncond", "cond"), for a bare model
             or a pipeline that does not tell whether it uses guidance.
+        own_kernels: on a GPU, plans may call torch's variable-length and flex attention in place of the model's
+            kernel. Exact on the CPU, not yet measured on a device; off, plans make plain calls of the model's kernel.
 
     Raises:
         UnsupportedModelError: unknown model family, context parallelism, or processors whose kernel cannot be met.
@@ -158,7 +165,7 @@ def attach(
     """
     model, pipe = parts_of(pipe_or_model)
     engine = engine_of(model)
-    entry = Entry(as_controls(controls), pipe, scheduler, branches=branches)
+    entry = Entry(as_controls(controls), pipe, scheduler, branches=branches, own_kernels=own_kernels)
     engine.add(entry)
     return Handle(engine, entry)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import ControlError, PlanError
-from .execute import ExecutionPlan, Kernel, Pass, plan
+from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .layout import Frame, Group, Layout, partition
 from .region import Region
 from .visibility import Visibility, compose
@@ -135,9 +135,10 @@ def build_plan(
     acting: Sequence[tuple[VisibilityControl, frozenset[int]]],
     hidden: frozenset[int],
     device: torch.device | str,
+    host: Host = Host(),
 ) -> ExecutionPlan:
     """The execution plan of one layer, with its index tensors on `device`."""
-    return plan(build_passes(situation, acting, hidden), device=device)
+    return plan(build_passes(situation, acting, hidden), device=device, host=host)
 
 
 def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
@@ -191,35 +192,69 @@ class Act:
     @property
     def needs_mask(self) -> bool:
         """Some kernel call of a plan gets an additive bias."""
-        return any(_has_bias(part) for _, part in self.parts if part is not None)
+        return any(part.needs_mask for _, part in self.parts if part is not None)
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
     ) -> Tensor:
-        """The controlled attention of query, key, value [B, heads, tokens, head_dim]."""
+        """The controlled attention of query, key, value [B, heads, tokens, head_dim].
+
+        Args:
+            mask: the model's own, bool (True sees) or additive, [B, Tk] or broadcastable to [B, heads, Tq, Tk]; it is
+                merged with the plans.
+
+        Raises:
+            PlanError: when tokens or mask do not fit the plans.
+        """
         if (query.shape[2], key.shape[2]) != self.tokens:
             raise PlanError(
                 f"The plan covers {self.tokens[0]} queries and {self.tokens[1]} keys, but the kernel got "
                 f"{query.shape[2]} and {key.shape[2]}. Another hook shortens or extends the sequence inside the model."
             )
         if mask is not None:
-            raise PlanError(
-                f"The model passes its own attention mask {tuple(mask.shape)} to this layer, which plans do not merge "
-                "with. Leave the mask out, or express it as a control."
-            )
+            mask = _per_sample(mask, query.shape[0], self.tokens)
         if self._order is None:
-            return _run_part(self.parts[0][1], query, key, value, kernel, scale)
-        outputs = [_run_part(part, query[rows], key[rows], value[rows], kernel, scale) for rows, part in self.parts]
+            return _run_part(self.parts[0][1], query, key, value, mask, kernel, scale)
+        outputs = [
+            _run_part(part, query[rows], key[rows], value[rows], _of_rows(mask, rows), kernel, scale)
+            for rows, part in self.parts
+        ]
         return torch.cat(outputs)[self._order]
 
 
-def _has_bias(part: ExecutionPlan) -> bool:
-    return part.executor == "dense" or any(call.rows is not None for call in getattr(part, "calls", ()))
+def _per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
+    """A mask of the model as [B or 1, H or 1, Tq or 1, Tk or 1].
+
+    Raises:
+        PlanError: when it covers other tokens than the layer has.
+    """
+    queries, keys = tokens
+    if tuple(mask.shape) == (batch, keys):
+        # Diffusers' backends read such a mask as key padding
+        mask = mask[:, None, None]
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries) or mask.shape[3] not in (1, keys):
+        raise PlanError(
+            f"The model passes an attention mask {tuple(mask.shape)} to a layer of {batch} rows, {queries} queries and "
+            f"{keys} keys, so it cannot be merged with the plan. Leave the mask out, or give it all tokens, appended "
+            "texts and references included."
+        )
+    return mask
+
+
+def _of_rows(mask: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]
 
 
 def _run_part(
-    part: ExecutionPlan | None, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float | None
+    part: ExecutionPlan | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kernel: Kernel,
+    scale: float | None,
 ) -> Tensor:
-    if part is None:
-        return kernel(query, key, value, scale=scale)
-    return part.run(query, key, value, kernel=kernel, scale=scale)
+    if part is not None:
+        return part.run(query, key, value, kernel=kernel, scale=scale, mask=mask)
+    return kernel(query, key, value, mask=None if mask is None else as_bias(mask, query.dtype), scale=scale)

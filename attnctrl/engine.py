@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
+from .execute import Host
 from .families import Family, family_of
 from .kernels import MASKING, backend_name
 from .layout import Frames
@@ -19,7 +20,7 @@ from .region import Region
 from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
-from .tap import Tap, check_model, execution_device
+from .tap import Tap, check_model, execution_device, is_compiled
 
 __all__ = ["Engine", "Entry", "engine_of"]
 
@@ -35,6 +36,7 @@ class Entry:
         scheduler: overrides the pipeline's.
         layers_present: names of the layers that its processors sit on; None when it opens layers by hooks.
         branches: guidance branches of one batch, in the order of its rows; () finds them out.
+        own_kernels: plans may call torch's variable-length and flex attention in place of the model's kernel.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Entry:
         scheduler: Any = None,
         layers_present: Callable[[], frozenset[str] | None] | None = None,
         branches: Sequence[str] = (),
+        own_kernels: bool = False,
     ) -> None:
         self.controls = tuple(controls)
+        self.own_kernels = own_kernels
         self.branches = tuple(branches)
         self.pipe = pipe
         self._scheduler = scheduler
@@ -219,11 +223,19 @@ class Engine:
         self._note_length(branches, appended)
         if appended:
             arguments = self.family.append_text(arguments, self._texts(self.family.text(arguments), variants, appended))
-        acts = self.stack.acts(variants, device, present)
+        acts = self.stack.acts(variants, device, present, self._host(device))
         self._warn_of_masks(acts)
         self.tap.assign({name: act for name, (act, _) in acts.items()})
         self._pending = (acts, moment, skipped_blocks(arguments))
         return arguments
+
+    def _host(self, device: torch.device) -> Host:
+        """What plans may count on; the CPU has nothing to gain from it."""
+        if device.type == "cpu" or not any(entry.own_kernels for entry in self.entries):
+            return Host()
+        # "native" leaves the choice to torch, any other backend is the user's own choice
+        native = all(backend_name(layer.module) == "native" for layer in self.layers)
+        return Host(own_kernels=native, compiling=is_compiled(self.model))
 
     def _present_layers(self) -> Presence:
         """Per seat the layers its processors sit on, None for all; entries whose processors are gone leave."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .call import Act, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError
-from .execute import ExecutionPlan
+from .execute import ExecutionPlan, Host
 from .layout import Frames
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
@@ -84,8 +84,8 @@ class Stack:
                 )
         self._members: dict[tuple[int, Grid], Tensor] = {}
         self._situations: dict[tuple[int, Frames, str], Situation] = {}
-        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device], ExecutionPlan] = {}
-        self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence], Acts] = {}
+        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], ExecutionPlan] = {}
+        self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
 
     def _text_declaring(self) -> list[Control]:
         return [control for control in self._declaring if control.appends_text]
@@ -199,18 +199,20 @@ class Stack:
         on = ((i, present[i]) for i in variant.active if layer in self.seats[i].layers)
         return tuple(i for i, layers in on if layers is None or layer in layers)
 
-    def plan(self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device) -> ExecutionPlan | None:
+    def plan(
+        self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device, host: Host = Host()
+    ) -> ExecutionPlan | None:
         """The plan of a layer in which the seats `acting` act; None when the layer has nothing to do. Built once."""
         hidden = self.hidden(variant, acting)
         seen = variant.frames[frame]
         tucked = "text.pad" in seen or any(f"text.region{number}" in seen for number in hidden)
         if not acting and not tucked:
             return None
-        key = (variant, frame, acting, device)
+        key = (variant, frame, acting, device, host)
         if key not in self._plans:
             _make_room(self._plans)
             controls = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
-            self._plans[key] = build_plan(self.situation(variant, frame), controls, hidden, device)
+            self._plans[key] = build_plan(self.situation(variant, frame), controls, hidden, device, host)
         return self._plans[key]
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
@@ -218,15 +220,15 @@ class Stack:
         shown = {number for number, _ in self.texts(variant.scene, acting)}
         return frozenset(number for number, _ in self.texts(variant.scene, variant.active) if number not in shown)
 
-    def acts(self, variants: Sequence[Variant], device: torch.device, present: Presence) -> Acts:
+    def acts(self, variants: Sequence[Variant], device: torch.device, present: Presence, host: Host = Host()) -> Acts:
         """The acts of all layers that have something to do, for one variant per row of the batch. Built once."""
-        key = (tuple(variants), device, present)
+        key = (tuple(variants), device, present, host)
         if key not in self._acts:
             _make_room(self._acts)
-            self._acts[key] = self._build_acts(key[0], device, present)
+            self._acts[key] = self._build_acts(key[0], device, present, host)
         return self._acts[key]
 
-    def _build_acts(self, variants: tuple[Variant, ...], device: torch.device, present: Presence) -> Acts:
+    def _build_acts(self, variants: tuple[Variant, ...], device: torch.device, present: Presence, host: Host) -> Acts:
         rows = {variant: [i for i, v in enumerate(variants) if v == variant] for variant in dict.fromkeys(variants)}
         made: dict[tuple[Any, ...], tuple[Act, frozenset[int]] | None] = {}
         acts: Acts = {}
@@ -234,16 +236,21 @@ class Stack:
             acting = tuple(self.acting(variant, layer.name, present) for variant in rows)
             key = (acting, layer.frame, layer.call)
             if key not in made:
-                made[key] = self._act(rows, acting, layer, device)
+                made[key] = self._act(rows, acting, layer, device, host)
             found = made[key]
             if found is not None:
                 acts[layer.name] = found
         return acts
 
     def _act(
-        self, rows: Mapping[Variant, list[int]], acting: tuple[tuple[int, ...], ...], layer: Layer, device: torch.device
+        self,
+        rows: Mapping[Variant, list[int]],
+        acting: tuple[tuple[int, ...], ...],
+        layer: Layer,
+        device: torch.device,
+        host: Host,
     ) -> tuple[Act, frozenset[int]] | None:
-        plans = [self.plan(variant, layer.frame, own, device) for variant, own in zip(rows, acting, strict=True)]
+        plans = [self.plan(variant, layer.frame, own, device, host) for variant, own in zip(rows, acting, strict=True)]
         if all(plan is None for plan in plans):
             return None
         parts: list[tuple[Tensor | None, ExecutionPlan | None]] = [

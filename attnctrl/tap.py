@@ -31,6 +31,11 @@ def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
     return tensor.device if device is None else torch.device(device)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """The model is being traced, or it or one of its blocks was compiled in place."""
+    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in model.modules())
+
+
 def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Refuse what cannot be controlled.
 

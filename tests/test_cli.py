@@ -416,8 +416,8 @@ RESULT = {
 def suites(monkeypatch):
     asked = []
 
-    def layout(model, seeds, progress):
-        asked.append((model, seeds))
+    def layout(model, seeds, progress, variants=False):
+        asked.append((model, seeds, *(["variants"] if variants else [])))
         progress(1, 3)
         return RESULT
 
@@ -444,6 +444,11 @@ def test_eval_prints_the_result_of_the_suite(call, suites):
     ]
     assert "layout on toy-flux: n = 3, 1 s" in out
     assert call("eval", "layout", "--format", "quiet")[1] == "binding\t0.250\t0.875\naccuracy\t0.980\t\n"
+
+
+def test_eval_of_variants(call, suites):
+    assert call("eval", "layout", "--seeds", 3, "--variants", "--format", "quiet")[0] == 0
+    assert suites == [("toy-flux", 3, "variants")]
 
 
 def test_eval_knows_its_suites(call, suites):

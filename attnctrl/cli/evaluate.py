@@ -17,6 +17,9 @@ def evaluate(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="What to measure: layout, model, ...")],
     model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
     seeds: Annotated[int, typer.Option(min=1, max=100_000, help="Pairs of pictures.")] = 64,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Layout: also without isolation, and with isolation that never ends.")
+    ] = False,
     form: FormatOption = Format.human,
 ) -> None:
     """Measure what control does: every metric without and with it, the difference and its 95 % interval.
@@ -31,9 +34,12 @@ def evaluate(
         from attnctrl.scenecheck import nearest
 
         raise typer.BadParameter(f"no suite '{suite}'; {nearest(suite, SUITES)}", param_hint="SUITE")
+    if variants and suite != "layout":
+        raise typer.BadParameter(f"suite '{suite}' has no variants; layout has", param_hint="--variants")
+    options = {"variants": True} if variants else {}
     hush()
     with progress_bar(f"eval {suite}", form) as advance:
-        result = SUITES[suite](model, seeds, advance)
+        result = SUITES[suite](model, seeds, advance, **options)
     emit(form, result, lambda: table(result), _lines(result))
 
 

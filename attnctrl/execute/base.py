@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..visibility import Visibility
+from .tokens import as_bias
 
 
 class Kernel(Protocol):
@@ -46,11 +47,25 @@ class Pass:
     weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Host:
+    """What a plan may count on where it runs. Neither can be found out when a plan is made, nor change it when it runs.
+
+    Attributes:
+        own_kernels: torch's own kernels may stand in for the given one, so packed and block-sparse calls and merged
+            levels can be chosen; False where the user has selected another attention backend.
+        compiling: the plan runs inside torch.compile, where FlexAttention is a fused kernel.
+    """
+
+    own_kernels: bool = False
+    compiling: bool = False
+
+
 class ExecutionPlan(ABC):
     """A visibility (or a mix of passes) made ready to run.
 
     Attributes:
-        executor: "untouched", "grouped" or "dense".
+        executor: "untouched", "grouped", "varlen", "flex", "xformers" or "dense".
         density: score pairs computed by exact grouping over Tq x Tk; above 1 only if passes repeat work.
         classes: number of distinct mask rows (a token may belong to one per pass).
         reason: why this executor was chosen.
@@ -69,9 +84,36 @@ class ExecutionPlan(ABC):
     def nbytes(self) -> int:
         """Bytes the plan holds between calls, O(T + G^2); a mask cached by the dense executor is not counted here."""
 
+    @property
+    def needs_mask(self) -> bool:
+        """A kernel call of an ordinary run gets an additive bias."""
+        return False
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        kernel: Kernel,
+        scale: float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [B, H, Tq, D] of query [B, H, Tq, D] over key, value [B, Hk, Tk, D] (views allowed).
+
+        Args:
+            kernel: what computes calls of [B, H, T, D] tensors; packed and block-sparse executors bring their own.
+            scale: of the scores; None means 1 / sqrt(D).
+            mask: the model's own mask, bool (True sees) or additive, broadcastable to [B, H, Tq, Tk]; it is added to
+                the plan's. It is data, so nothing checks that it leaves a key to every query.
+        """
+        return self._attend(query, key, value, kernel, scale, None if mask is None else as_bias(mask, query.dtype))
+
     @abstractmethod
-    def run(self, query: Tensor, key: Tensor, value: Tensor, *, kernel: Kernel, scale: float | None = None) -> Tensor:
-        """Attention output [B, H, Tq, D] of query [B, H, Tq, D] over key, value [B, Hk, Tk, D] (views allowed)."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float | None, bias: Tensor | None
+    ) -> Tensor:
+        """`run` with the model's mask as an additive bias in the query's dtype, 4D, broadcastable to [B, H, Tq, Tk]."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> ExecutionPlan:

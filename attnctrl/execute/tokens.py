@@ -22,6 +22,11 @@ class TokenSet:
     index: Tensor | None = None
 
     @property
+    def is_leading(self) -> bool:
+        """The tokens are 0, 1, ... count - 1, in this order."""
+        return self.index is None and self.runs == ((0, self.count),)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: 16 per run, or 8 per token."""
         return 16 * len(self.runs) + (0 if self.index is None else self.index.nbytes)
@@ -88,6 +93,26 @@ def row_bias(rows: Tensor, row_of: Tensor | None, key_atom: Tensor, dtype: torch
     table = rows.to(dtype).index_select(1, padded)
     bias = table if row_of is None else table.index_select(0, row_of)
     return bias[None, None, :, :keys]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that broadcasts to [B, H, Tq, Tk], bool (True sees) or additive, as a 4D additive bias in `dtype`."""
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def take_bias(bias: Tensor, tokens: TokenSet, dim: int) -> Tensor:
+    """The part of a 4D bias that belongs to some tokens along `dim`; all of it where it is the same for all tokens."""
+    return bias if bias.shape[dim] == 1 else tokens.take(bias, dim)
+
+
+def add_bias(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum of two additive biases; None adds nothing."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 def tensor_bytes(tensors: Sequence[Tensor | None]) -> int:

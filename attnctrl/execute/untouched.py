@@ -22,9 +22,10 @@ class UntouchedPlan(ExecutionPlan):
         """Nothing is held."""
         return 0
 
-    def run(self, query: Tensor, key: Tensor, value: Tensor, *, kernel: Kernel, scale: float | None = None) -> Tensor:
-        """See `ExecutionPlan.run`."""
-        return kernel(query, key, value, mask=None, scale=scale)
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float | None, bias: Tensor | None
+    ) -> Tensor:
+        return kernel(query, key, value, mask=bias, scale=scale)
 
     def to(self, device: torch.device | str) -> UntouchedPlan:
         """Nothing to move."""

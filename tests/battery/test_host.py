@@ -325,10 +325,38 @@ def test_gradient_checkpointing_is_refused_where_it_would_drop_controls() -> Non
             setting.run()
 
 
-def test_a_mask_of_the_model_is_refused_not_dropped() -> None:
+@pytest.mark.parametrize(
+    "control",
+    [ac.Isolate(regions(), branch="all"), ac.Isolate(regions(), branch="all", strength=0.5)],
+    ids=["hard", "soft"],
+)
+def test_a_mask_of_the_model_is_merged(control: Any) -> None:
+    """A text token that it hides has no influence, as without controls; all else keeps its control."""
     setting = flux()
-    mask = torch.zeros(29, 29)
-    with ac.attach(setting.model, ac.Isolate(regions())), pytest.raises(ac.PlanError, match="its own attention mask"):
+    mask = torch.ones(1, 1, 1, 29, dtype=torch.bool)
+    given = setting.inputs["encoder_hidden_states"]
+    other = given.clone()
+    other[:, 2] += 1
+    with ac.attach(setting.model, control):
+        plain = setting.run()
+        opened = setting.run(joint_attention_kwargs={"attention_mask": mask})
+        mask = mask.clone()
+        mask[..., 2] = False
+        hidden = setting.run(joint_attention_kwargs={"attention_mask": mask})
+        changed = setting.run(joint_attention_kwargs={"attention_mask": mask}, encoder_hidden_states=other)
+        assert (setting.run(encoder_hidden_states=other) - plain).abs().max() > 1e-3
+    assert (opened - plain).abs().max() < 1e-5
+    assert (hidden - plain).abs().max() > 1e-3
+    assert torch.equal(changed, hidden)
+
+
+def test_a_mask_of_other_tokens_is_refused() -> None:
+    setting = flux()
+    mask = torch.zeros(1, 1, 29, 30)
+    with (
+        ac.attach(setting.model, ac.Isolate(regions())),
+        pytest.raises(ac.PlanError, match=r"\(1, 1, 29, 30\).*29 keys"),
+    ):
         setting.run(joint_attention_kwargs={"attention_mask": mask})
 
 
