@@ -57,8 +57,10 @@ def regional(global_text: str, strength: Callable[[frozenset[int]], float] = lam
         kinds = (q.kind, k.kind)
         if kinds == ("global", "global"):
             return 1.0
-        if "text" in kinds and "global" in kinds:
+        if "text" in kinds and ("global" in kinds or "register" in kinds):
             return 0.0
+        if "register" in kinds:
+            return 1.0
         if kinds == ("text", "text"):
             return float(q.owner == k.owner)
         if q.kind == "text":
@@ -81,6 +83,8 @@ def isolating(background: str, *, hub: str = "relay", cut: float = 0.0, text: bo
     def rule(q: Token, k: Token) -> float:
         if "text" in (q.kind, k.kind):
             return 1.0 if not text or q.members & k.members else cut
+        if "register" in (q.kind, k.kind):
+            return 1.0
         if q.kind == "global":
             return cut if hub == "source" and k.members else 1.0
         if k.kind == "global" or "reference" in ((q.kind, k.kind) if not (q.members and k.members) else ()):
