@@ -30,7 +30,13 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .explain import Explanation, explain
-    from .processors import ControlledAttnProcessor, IsolationAttnProcessor, RegionAttnProcessor, processors
+    from .processors import (
+        ControlledAttnProcessor,
+        IsolationAttnProcessor,
+        RegionAttnProcessor,
+        processors,
+        set_processors,
+    )
     from .region import Region
     from .schedule import Sigma
 
@@ -59,6 +65,7 @@ __all__ = [
     "attach",
     "explain",
     "processors",
+    "set_processors",
 ]
 
 _HOMES = {
@@ -66,7 +73,13 @@ _HOMES = {
     "controls": ("Control", "Isolate", "Regions"),
     "explain": ("Explanation", "explain"),
     "region": ("Region",),
-    "processors": ("ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors"),
+    "processors": (
+        "ControlledAttnProcessor",
+        "IsolationAttnProcessor",
+        "RegionAttnProcessor",
+        "processors",
+        "set_processors",
+    ),
     "schedule": ("Sigma",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .execute import Host
-from .families import Family, family_of
+from .families import Family, family_of, sizes_of
 from .kernels import MASKING, backend_name
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
@@ -89,11 +89,11 @@ class Engine:
         self.family = family_of(model)
         self.layers: tuple[Layer, ...] = self.family.layers(model)
         self.entries: list[Entry] = []
-        self.tap = Tap(model, self.layers, self, root=root)
+        self.tap = Tap(model, self.layers, self, root=root, shadows=self.family.shadows)
         self.stack = Stack((), self.layers, self.family.presets)
         self._owner: list[Entry] = []
         self._place = Place(self.family)
-        self._measured: tuple[tuple[Any, ...], tuple[Any, ...], Frames] | None = None
+        self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
         self._pending: tuple[Acts, Moment, Sequence[int]] | None = None
         self._warned: set[str] = set()
         self._appended: dict[Branches, int] = {}
@@ -163,7 +163,7 @@ class Engine:
         scheduler = next((s for entry in self.entries if (s := entry.scheduler) is not None), None)
         moment = self._place.moment(arguments, scheduler, self.stack.needs_position())
         branches = self._branches(arguments, scheduler)
-        rows = rows_of(arguments[self.family.hidden].shape[0], branches, self.stack.scenes)
+        rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
         if not any(active.values()):
             self._note_length(branches, 0)
@@ -217,12 +217,16 @@ class Engine:
                 "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
                 "model.disable_gradient_checkpointing(), or run under torch.no_grad()."
             )
-        device = execution_device(self.model, arguments[self.family.hidden])
-        frames = self._frames(arguments)
-        variants, appended = self.stack.variants(frames, rows, lambda region: self._embeds(region).shape[0])
+        frames, position = self._frames(arguments), self.family.position
+        device = execution_device(self.model, arguments[self.family.hidden][0])
+        variants, slots = self.stack.variants(
+            frames, rows, lambda region: self._embeds(region).shape[0], aligned=position is not None
+        )
+        appended = sum(slots)
         self._note_length(branches, appended)
         if appended:
-            arguments = self.family.append_text(arguments, self._texts(self.family.text(arguments), variants, appended))
+            texts = self._texts(self.family.text(arguments)[0], variants, appended)
+            arguments = self.family.append_text(arguments if position is None else position(arguments, slots), texts)
         acts = self.stack.acts(variants, device, present, self._host(device))
         self._warn_of_masks(acts)
         self.tap.assign({name: act for name, (act, _) in acts.items()})
@@ -251,7 +255,10 @@ class Engine:
         raise ControlError(f"Region '{region.label}' belongs to no attached control.")
 
     def _texts(self, prompt: Tensor, variants: Sequence[Variant], appended: int) -> Tensor:
-        """The appended text of all rows, [B, appended, channels], put together once for all steps of a phase."""
+        """The appended text of all rows, [B, appended, channels], put together once for all steps of a phase.
+
+        `prompt` [tokens, channels] is one that the model is given.
+        """
         key = (self.stack, tuple(variants), appended, prompt.shape[-1], prompt.device, prompt.dtype)
         if self._text is not None and self._text[0] == key:
             return self._text[1]
@@ -263,26 +270,26 @@ class Engine:
 
     def _text_of(self, prompt: Tensor, variant: Variant, appended: int) -> Tensor:
         text = prompt.new_zeros(appended, prompt.shape[-1])
-        start = 0
-        for _, region in self.stack.texts(variant.scene, variant.active):
+        ranges = variant.frames.ranges
+        begin = min(item.start for name, item in ranges.items() if name.startswith(("text.region", "text.pad")))
+        for number, region in self.stack.texts(variant.scene, variant.active):
             embeds = self._embeds(region)
             if embeds.shape[-1] != prompt.shape[-1]:
                 raise LayoutError(
                     f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "
                     f"{prompt.shape[-1]}. Encode it with the model's own text encoder."
                 )
+            start = ranges[f"text.region{number}"].start - begin
             text[start : start + len(embeds)] = embeds.to(device=prompt.device, dtype=prompt.dtype)
-            start += len(embeds)
         return text
 
-    def _frames(self, arguments: dict[str, Any]) -> Frames:
+    def _frames(self, arguments: dict[str, Any]) -> tuple[Frames, ...]:
         """The family's frames; ids of a run are one tensor, so they are read from the device once."""
         objects = tuple(arguments.get(name) for name in self.family.watch)
-        sizes = (self.family.text(arguments).shape[1], tuple(arguments[self.family.hidden].shape[1:]))
+        sizes = (sizes_of(self.family.text(arguments)), sizes_of(arguments[self.family.hidden]))
         last = self._measured
         if last is None or last[1] != sizes or any(a is not b for a, b in zip(last[0], objects, strict=True)):
-            measures = self.family.measure(self.model, arguments)
-            self._measured = last = (objects, sizes, self.family.arrange(self.model, measures))
+            self._measured = last = (objects, sizes, self.family.frames(self.model, arguments))
         return last[2]
 
     def _branches(self, arguments: dict[str, Any], scheduler: Any) -> Branches:

@@ -181,7 +181,7 @@ def _control(control: Control, stack: Stack, active: Sequence[tuple[int, ...]]) 
 def _phase(
     stack: Stack, frames: Frames, scene: int, active: tuple[int, ...], steps: Sequence[int], length: Any
 ) -> dict[str, Any]:
-    (variant,), _ = stack.variants(frames, [(scene, active)], length)
+    (variant,), _ = stack.variants([frames], [(scene, active)], length)
     plans: list[dict[str, Any]] = []
     reads: list[tuple[str, Edges]] = []
     for (frame, acting), layers in _by_acting(stack, variant).items():

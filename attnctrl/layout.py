@@ -25,11 +25,15 @@ Kind = Literal["global", "region_text", "pad", "image", "reference", "register"]
 
 @dataclass(frozen=True)
 class Measures:
-    """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures."""
+    """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures.
+
+    `padding` are tokens that fill this row up to the longest of its batch, in models that pack each row by itself.
+    """
 
     text: int
     image: Grid
     references: Sequence[Grid] = ()
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Layout:
 
     Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
     "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
-    tokens that stand for nothing).
+    tokens that stand for nothing; "text.registers" and "image.registers" where they fill up a text or a picture),
+    "padding" (filling up a row of the batch, which the model masks by itself).
     """
 
     ranges: tuple[TokenRange, ...]
@@ -78,6 +83,12 @@ class Layout:
             "registers": [("registers", registers, None)],
         }
         return cls(_consecutive([item for kind in order for item in kinds[kind]]))
+
+    @classmethod
+    def in_order(cls, *parts: tuple[str, int | Grid]) -> Layout:
+        """Ranges by name and number of tokens, or grid; empty ones are left out."""
+        sized = [(name, prod(size), size) if isinstance(size, tuple) else (name, size, None) for name, size in parts]
+        return cls(_consecutive([item for item in sized if item[1]]))
 
     @property
     def tokens(self) -> int:
@@ -108,9 +119,10 @@ class Layout:
     def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Layout:
         """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text."""
         sized: list[tuple[str, int, Grid | None]] = []
+        last = "text.registers" if "text.registers" in self else "text.global"
         for item in self.ranges:
             sized.append((item.name, len(item), item.grid))
-            if item.name == "text.global":
+            if item.name == last:
                 sized += [(name, count, None) for name, count in texts]
                 sized += [("text.pad", pad, None)] if pad else []
         return Layout(_consecutive(sized))
@@ -246,9 +258,10 @@ def partition(layout: Layout, member: Tensor, regions: Sequence[Region]) -> tupl
         elif item.name.startswith("text.region"):
             index = int(item.name.removeprefix("text.region"))
             atom[span] = add(Group("region_text", index, frozenset([index]), f"text of {regions[index].label}"))
-        elif item.name in ("text.pad", "registers"):
-            kind: Kind = "pad" if item.name == "text.pad" else "register"
-            atom[span] = add(Group(kind, name={"pad": "padding"}.get(kind, "registers")))
+        elif item.name == "text.pad":
+            atom[span] = add(Group("pad", name="padding"))
+        elif item.name.endswith("registers") or item.name == "padding":
+            atom[span] = add(Group("register", name=item.name))
         else:
             atom[span] = add(Group("global", name="prompt"))
     return atom, tuple(groups)

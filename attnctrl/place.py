@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .call import Row
 from .errors import LayoutError
-from .families import Arguments, Family
+from .families import Arguments, Family, Text, sizes_of
 from .schedule import Moment, locate, run_levels
 
 __all__ = ["Branches", "Place", "rows_of", "skipped_blocks"]
@@ -30,14 +29,15 @@ class Place:
         self._timesteps: Any = None
         self._levels: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
         self._where: tuple[Any, float] = (None, 0.0)
-        self._first: Tensor | None = None
-        self._second: Tensor | None = None
+        self._first: Text | None = None
+        self._second: Text | None = None
+        self._rows = 0
 
     def levels(self, scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(timesteps, sigmas) of the scheduler's run, read once a run: `set_timesteps` makes new tensors."""
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not self._timesteps:
-            self._timesteps, self._levels = timesteps, run_levels(scheduler)
+            self._timesteps, self._levels, self._rows = timesteps, run_levels(scheduler), 0
         return self._levels
 
     def moment(self, arguments: Arguments, scheduler: Any, needed: bool) -> Moment:
@@ -65,14 +65,21 @@ class Place:
 
     def batch(self, arguments: Arguments, pipes: Sequence[Any]) -> Branches:
         """Branches of a family that runs them as one batch; () when this forward holds a single one."""
-        if arguments[self.family.hidden].shape[0] == 1 or skipped_blocks(arguments):
+        if len(arguments[self.family.hidden]) == 1 or skipped_blocks(arguments):
             return ()
         guided = next((found for pipe in pipes if (found := _guided(pipe)) is not None), None)
         if guided is None:
             return (None,)
         perturbed = any(getattr(pipe, "do_perturbed_attention_guidance", False) for pipe in pipes)
         order = tuple(name for name in self.family.batch if guided or name == "cond")
+        if guided and self._is_part(len(arguments[self.family.hidden]), len(order)):
+            return ("cond",)
         return (*order, "perturbed") if perturbed else order if guided else ()
+
+    def _is_part(self, rows: int, branches: int) -> bool:
+        """Whether a batch is one branch of those that the run began with: some pipelines drop guidance on the way."""
+        self._rows = self._rows or rows
+        return rows * branches == self._rows
 
     def branch_by_text(self, arguments: Arguments, scheduler: Any) -> str | None:
         """The branch of a forward of its own: the prompt comes first at each step."""
@@ -83,7 +90,7 @@ class Place:
         level = self.family.timestep(arguments).reshape(-1)[0].item()
         return self.family.branches[0] if self._is_first_text(None, level, text) else None
 
-    def _is_first_text(self, run: Any, where: float, text: Tensor) -> bool:
+    def _is_first_text(self, run: Any, where: float, text: Text) -> bool:
         """Whether `text` is the first that came at this place of this run: the first branch in CFG order."""
         if self._first is None or run is not self._where[0] or where != self._where[1]:
             self._where, self._first, self._second = (run, where), text, None
@@ -92,7 +99,7 @@ class Place:
             return True
         if text is self._second:
             return False
-        if text.shape == self._first.shape and torch.equal(text, self._first):
+        if sizes_of(text) == sizes_of(self._first) and all(map(torch.equal, text, self._first)):
             return True
         self._second = text
         return False

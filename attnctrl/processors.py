@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from .kernels import close_scope, open_scope
 from .select import select
 from .tap import check_model
 
-__all__ = ["ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors"]
+__all__ = ["ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors", "set_processors"]
 
 
 class ControlledAttnProcessor:
@@ -84,7 +84,7 @@ _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}
 def processors(
     pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None, branches: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Processors for `model.set_attn_processor`, by the names that Diffusers uses.
+    """Processors for `model.set_attn_processor`, or `set_processors`, by the names that Diffusers uses.
 
     Layers that no control touches keep their own processor. The controls act while at least one of the processors is
     set and leave the model when the last one is replaced.
@@ -129,6 +129,20 @@ def processors(
         references = weakref.ref(engine), weakref.ref(entry), weakref.ref(alive)
         weakref.finalize(processor, _leave_when_gone, *references).atexit = False
     return made
+
+
+def set_processors(model: Any, by_name: Mapping[str, Any]) -> None:
+    """Set what `processors` made, or the originals again, on any model: some have no `set_attn_processor`.
+
+    Args:
+        model: the transformer or UNet.
+        by_name: processors by the names of their attributes, such as "layers.0.attention.processor".
+    """
+    if hasattr(model, "set_attn_processor"):
+        model.set_attn_processor(dict(by_name))
+        return
+    for name, processor in by_name.items():
+        model.get_submodule(name.removesuffix(".processor")).processor = processor
 
 
 def _wanted(engine: Engine, controls: Sequence[Control]) -> frozenset[str]:

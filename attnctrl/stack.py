@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -147,28 +148,37 @@ class Stack:
         return [(number, regions[number]) for number in sorted(numbers) if regions[number].strength > 0]
 
     def variants(
-        self, frames: Frames, rows: Sequence[tuple[int, tuple[int, ...]]], length: Callable[[Region], int]
-    ) -> tuple[list[Variant], int]:
+        self,
+        frames: Sequence[Frames],
+        rows: Sequence[tuple[int, tuple[int, ...]]],
+        length: Callable[[Region], int],
+        aligned: bool = False,
+    ) -> tuple[list[Variant], tuple[int, ...]]:
         """The variant of each row, all of one length.
 
         Args:
-            frames: of the model's own sequence.
+            frames: of the model's own sequence, per row or one for all.
             rows: (scene, active seats) per row.
             length: tokens of a region's text.
+            aligned: the n-th texts of all rows begin at the same slot.
 
         Returns:
-            (one variant per row, number of text tokens appended).
+            (one variant per row, the slots for appended texts by their tokens: one for all, or one for each n-th text
+            when they are aligned).
         """
-        appended = {
+        texts = {
             row: [(f"text.region{number}", length(region)) for number, region in self.texts(*row)]
             for row in dict.fromkeys(rows)
         }
-        longest = max(sum(count for _, count in texts) for texts in appended.values())
-        made = {
-            row: Variant(*row, frames.with_texts(texts, longest - sum(count for _, count in texts)))
-            for row, texts in appended.items()
-        }
-        return [made[row] for row in rows], longest
+        counts = [[count for _, count in found] for found in texts.values()]
+        if not aligned:
+            counts = [[sum(count)] if count else [] for count in counts]
+        slots = tuple(max(nth) for nth in zip_longest(*counts, fillvalue=0))
+        filled = {row: _filled(found, slots, aligned) for row, found in texts.items()}
+        each = frames if len(frames) == len(rows) else [frames[0]] * len(rows)
+        pairs = list(zip(rows, each, strict=True))
+        made = {(row, own): Variant(*row, own.with_texts(filled[row])) for row, own in dict.fromkeys(pairs)}
+        return [made[pair] for pair in pairs], slots
 
     def situation(self, variant: Variant, frame: str) -> Situation:
         """What controls are told about a variant in the layers of a frame; built once.
@@ -269,6 +279,17 @@ def _check_references(regions: Sequence[Region], frames: Frames) -> None:
                 f"Region '{region.label}' is bound to reference {region.reference}, but this forward holds "
                 f"{count} reference(s). Pass the picture to the pipeline, or leave `reference` unset."
             )
+
+
+def _filled(texts: Sequence[tuple[str, int]], slots: Sequence[int], aligned: bool) -> list[tuple[str, int]]:
+    """Texts, each followed by unused tokens that fill up its slot; all of them share one when not aligned."""
+    groups = [[text] for text in texts] if aligned else [list(texts)]
+    groups += [[] for _ in slots[len(groups) :]]
+    whole: list[tuple[str, int]] = []
+    for group, slot in zip(groups, slots, strict=False):
+        left = slot - sum(count for _, count in group)
+        whole += [*group, *([("text.pad", left)] if left else [])]
+    return whole
 
 
 def _scene(control: Control, scene: int) -> tuple[Region, ...]:

@@ -8,6 +8,7 @@ share one compiled graph.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,13 +80,22 @@ class Tap:
         model: the transformer.
         layers: its attention layers.
         listener: told before and after each forward.
+        shadows: functions that stand in for methods, by dotted name, as in `Family.shadows`.
 
     Attributes:
         root: the module whose call is the forward: the model, or the one that `torch.compile(model)` made of it.
         branch: name of the branch that a pipeline has announced with `cache_context`.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], listener: Listener, *, root: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        listener: Listener,
+        *,
+        root: nn.Module,
+        shadows: Mapping[str, Callable[..., Any]],
+    ) -> None:
         self.model = model
         self.root = root
         self.layers = tuple(layers)
@@ -95,8 +105,8 @@ class Tap:
         self._signature = signature(type(model).forward)
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
-        self._shadow: Callable[..., Any] | None = None
-        self._shadowed: Callable[..., Any] | None = None
+        self._shadows = dict(shadows)
+        self._shadowed: list[tuple[nn.Module, str, Any, Any]] = []
         self._call: _RootCall | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -106,7 +116,11 @@ class Tap:
             layer.module._attnctrl = None
             layer.module._attnctrl_met = False
         self._install_root()
-        self._shadow_cache_context()
+        for name, function in self._shadows.items():
+            owner, _, method = name.rpartition(".")
+            self._put_shadow(self.model.get_submodule(owner), method, function)
+        if hasattr(self.model, "cache_context"):
+            self._put_shadow(self.model, "cache_context", self._cache_context)
         number = enter(self.model, [layer.module.processor for layer in self.layers])
         self._finalizer = weakref.finalize(self, leave, number)
         self._finalizer.atexit = False
@@ -133,7 +147,7 @@ class Tap:
         for layer in self.layers:
             for name in ("_attnctrl", "_attnctrl_met"):
                 layer.module.__dict__.pop(name, None)
-        self._unshadow_cache_context()
+        self._take_shadows()
         clear_scopes()
         if self._finalizer is not None:
             self._finalizer()
@@ -212,32 +226,31 @@ class Tap:
         finally:
             self.clear()
 
-    def _shadow_cache_context(self) -> None:
+    @contextmanager
+    def _cache_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
         """Record the name of the branch that a pipeline announces; the model's own context runs as before."""
-        original = getattr(self.model, "cache_context", None)
-        if original is None:
-            return
+        outer, self.branch, self._context = (self.branch, self._context), name, kwargs
+        try:
+            with original(name, **kwargs):
+                yield
+        finally:
+            self.branch, self._context = outer
 
-        @contextmanager
-        def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-            outer, self.branch, self._context = (self.branch, self._context), name, kwargs
-            try:
-                with original(name, **kwargs):
-                    yield
-            finally:
-                self.branch, self._context = outer
+    def _put_shadow(self, owner: nn.Module, method: str, function: Callable[..., Any]) -> None:
+        shadow = functools.partial(function, getattr(owner, method))
+        self._shadowed.append((owner, method, shadow, owner.__dict__.get(method)))
+        owner.__dict__[method] = shadow
 
-        self._shadow, self._shadowed = cache_context, self.model.__dict__.get("cache_context")
-        self.model.__dict__["cache_context"] = cache_context
-
-    def _unshadow_cache_context(self) -> None:
+    def _take_shadows(self) -> None:
         # whoever has put another one on top calls ours, which calls the model's
-        if self._shadow is None or self.model.__dict__.get("cache_context") is not self._shadow:
-            return
-        if self._shadowed is None:
-            del self.model.__dict__["cache_context"]
-        else:
-            self.model.__dict__["cache_context"] = self._shadowed
+        for owner, method, shadow, before in self._shadowed:
+            if owner.__dict__.get(method) is not shadow:
+                continue
+            if before is None:
+                del owner.__dict__[method]
+            else:
+                owner.__dict__[method] = before
+        self._shadowed = []
 
 
 class _RootCall:

@@ -33,6 +33,8 @@ class Isolate(Control):
         I_S            | S meets S'                  | only "shared"
         background     | "reads_all" and "shared"    | 1
 
+    Registers and filling tokens of the model see and are seen by all.
+
     "isolated" parts the background as well (LAMIC, M_reg); "reads_all" lets it read everything without being read by
     regions (Seg2Any's asymmetry); "shared" lets everyone see it. References that belong to no region stay open to all.
 
@@ -82,6 +84,8 @@ class Isolate(Control):
         return situation.tabulate(lambda q, k: 1.0 if self._sees(q, k, own) else cut)
 
     def _sees(self, q: Group, k: Group, own: frozenset[int]) -> bool:
+        if "register" in (q.kind, k.kind):
+            return True
         rows, columns = q.members & own, k.members & own
         q_text, k_text = (g.kind == "region_text" and g.index in own for g in (q, k))
         if q_text or k_text:

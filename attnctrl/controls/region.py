@@ -36,7 +36,8 @@ class Regions(Control):
         I_S    | g(S)  | r' in S        | 1                       | B' empty, or S meets B'
         F_k    | g(B)  | r' in B        | B empty, or B meets S'  | B, B' both empty, or B meets B'
 
-    The table is symmetric. Image rows see each other: add `Isolate` to part them.
+    The table is symmetric. Image rows see each other: add `Isolate` to part them. Registers and filling tokens of the
+    model see and are seen by all.
 
     Strength s < 1 is soft (s = strength times the region's own, the largest one where regions overlap): edges of the
     plain model that the table cuts keep the weight 1 - s (log-weight log(1 - s)), edges from image or bound reference
@@ -98,7 +99,7 @@ class Regions(Control):
             return self.strength * max((situation.regions[r].strength for r in members), default=1.0)
 
         def weight(q: Group, k: Group) -> float:
-            if q is k and k.kind == "region_text":
+            if "register" in (q.kind, k.kind) or (q is k and k.kind == "region_text"):
                 return 1.0
             if _is_text(k, own):
                 return strength(k.members) if k.index in q.members and q.kind != "region_text" else 0.0
@@ -114,7 +115,7 @@ class Regions(Control):
         return situation.tabulate(weight)
 
     def _vanilla_edge_stays(self, q: Group, k: Group, rows: frozenset[int], columns: frozenset[int]) -> bool:
-        if q.kind == k.kind == "global" or "register" in (q.kind, k.kind):
+        if q.kind == k.kind == "global":
             return True
         if "global" in (q.kind, k.kind):
             return self.global_text == "open" or (self.global_text == "background" and not rows | columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,11 @@ from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
 from ..select import Layer
 
-__all__ = ["Arguments", "Family", "append_to", "crossed", "family_of", "joint", "stacks"]
+__all__ = ["Arguments", "Family", "Text", "append_to", "crossed", "family_of", "joint", "sizes_of", "stacks"]
 
 Arguments = dict[str, Any]
+Text = Tensor | Sequence[Tensor]
+"""Encoded prompts: [B, tokens, channels], or [tokens, channels] per row."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Family:
         name: short name, for reports.
         models: class names of the denoisers that belong to it.
         layers: (model) -> all attention layers, in forward order.
-        measure: (model, arguments of a forward) -> what it is given.
+        measure: (model, arguments of a forward) -> what it is given; one per row where rows are packed by themselves.
         arrange: (model, measures) -> the frames of its layers.
         pixels_per_token: side of the square of pixels that one image token stands for, with the usual autoencoder.
         timestep: arguments -> timesteps of the rows, Tensor [B], in the unit of the scheduler's `timesteps`.
@@ -38,7 +40,13 @@ class Family:
         batch: guidance branches of one step in the order of their rows, for families whose pipelines run them as one
             batch; () for those that run one forward per branch.
         presets: named layer selectors, as functions of {stack: number of blocks}.
+        position: (arguments, slots) -> arguments with positions for the texts that will be appended, `slots` being the
+            numbers of tokens that they may take: each stands where it would stand alone. None where texts have no
+            positions.
+        shadows: methods of the model or its parts, by dotted name, and the functions that stand in for them while
+            controls are on it: called with the method itself and its arguments.
         hidden: name of the argument that holds the latents, batch first.
+        prompt: name of the argument that holds the encoded prompts.
         watch: names of further arguments that `measure` looks into; it is asked again when they are other objects.
         sigma: timestep -> noise level, without a scheduler; None where only the scheduler knows.
     """
@@ -46,7 +54,7 @@ class Family:
     name: str
     models: tuple[str, ...]
     layers: Callable[[nn.Module], tuple[Layer, ...]]
-    measure: Callable[[nn.Module, Arguments], Measures]
+    measure: Callable[[nn.Module, Arguments], Measures | Sequence[Measures]]
     arrange: Callable[[nn.Module, Measures], Frames]
     pixels_per_token: int
     timestep: Callable[[Arguments], Tensor]
@@ -56,13 +64,27 @@ class Family:
     branches: tuple[str, ...] = ("cond", "uncond")
     batch: tuple[str, ...] = ()
     presets: Mapping[str, Callable[[Mapping[str, int]], str]] = field(default_factory=dict)
+    position: Callable[[Arguments, Sequence[int]], Arguments] | None = None
+    shadows: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     hidden: str = "hidden_states"
+    prompt: str = "encoder_hidden_states"
     watch: tuple[str, ...] = ()
     sigma: Callable[[float], float] | None = None
 
-    def text(self, arguments: Arguments) -> Tensor:
-        """The encoded prompts of a forward, [B, tokens, channels]."""
-        return arguments["encoder_hidden_states"]
+    def text(self, arguments: Arguments) -> Text:
+        """The encoded prompts of a forward."""
+        return arguments[self.prompt]
+
+    def frames(self, model: nn.Module, arguments: Arguments) -> tuple[Frames, ...]:
+        """The frames of a forward: one for all rows, or one per row."""
+        measures = self.measure(model, arguments)
+        rows = (measures,) if isinstance(measures, Measures) else measures
+        return tuple(self.arrange(model, row) for row in rows)
+
+
+def sizes_of(value: Text) -> tuple[Any, ...]:
+    """Sizes of the rows of a tensor or a list, which decide the layout; None for rows that are no tensors."""
+    return tuple(value.shape[1:]) if isinstance(value, Tensor) else tuple(getattr(row, "shape", None) for row in value)
 
 
 def stacks(*parts: tuple[str, str, str, str]) -> Callable[[nn.Module], tuple[Layer, ...]]:
@@ -123,11 +145,16 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         UnsupportedModelError: when there is none, with the known model classes.
     """
+    from .auraflow import AURAFLOW
+    from .chroma import CHROMA
     from .flux import FLUX
+    from .flux2 import FLUX2
+    from .qwen import QWEN
     from .sd3 import SD3
     from .unet import UNET
+    from .zimage import ZIMAGE
 
-    families = (FLUX, SD3, UNET)
+    families = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW)
     names = {base.__name__ for base in type(model).__mro__}
     for family in families:
         if names & set(family.models):

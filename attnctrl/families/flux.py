@@ -39,7 +39,7 @@ def measure(model: Any, arguments: Arguments) -> Measures:
 
 def _segments(ids: Tensor) -> list[tuple[int, Grid]]:
     """(axis 0, grid) of each picture: a new one starts where axis 0 changes or the raster order restarts."""
-    axis, row, column = ids.unbind(-1)
+    axis, row, column = ids[:, :3].unbind(-1)
     later = (row[1:] > row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] > column[:-1]))
     cuts = (~later | (axis[1:] != axis[:-1])).nonzero().flatten() + 1
     bounds = [0, *cuts.tolist(), len(ids)]

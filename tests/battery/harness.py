@@ -8,43 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import settings_mmdit as mmdit
 import tiny
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from setting import Kinds, Setting
 from torch import Tensor, nn
 
 import attnctrl as ac
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Who stands in the rows and columns of one kernel call: words of "text", "image", "references"; the image's grid."""
-
-    queries: str
-    keys: str
-    grid: tuple[int, int] = (4, 6)
-
-
-@dataclass
-class Setting:
-    """A model, the inputs of one forward, and who stands where in each of its kernel calls."""
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    calls: Sequence[Kinds]
-    text: int = 5
-    references: int = 0
-    grid: tuple[int, int] = (4, 6)
-
-    def run(self, **changes: Any) -> Tensor:
-        return self.model(**{**self.inputs, **changes})[0]
-
-    def single(self, row: int) -> dict[str, Any]:
-        """Inputs of one row of the batch."""
-        batch = len(self.inputs["encoder_hidden_states"])
-        rows = {k: v for k, v in self.inputs.items() if isinstance(v, Tensor) and len(v) == batch and "ids" not in k}
-        return {key: value[row : row + 1] for key, value in rows.items()}
 
 
 def flux(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32, references: int = 0) -> Setting:
@@ -67,9 +39,9 @@ def unet(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -
     return Setting(tiny.unet(dtype=dtype), inputs, calls, grid=fine)
 
 
-FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux, "sd3": sd3, "unet": unet}
-WITH_REFERENCES = ("flux",)
-BRANCHES = {"SD3Transformer2DModel": ("cond",), "UNet2DConditionModel": ("cond",)}
+FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux, "sd3": sd3, "unet": unet, **mmdit.FAMILIES}
+WITH_REFERENCES = ("flux", *mmdit.WITH_REFERENCES)
+BRANCHES = {"SD3Transformer2DModel": ("cond",), "UNet2DConditionModel": ("cond",), **mmdit.BRANCHES}
 """Families that batch their branches: what a batch of a bare model holds has to be said."""
 
 
@@ -81,12 +53,12 @@ def by_attach(model: Any, controls: Any) -> Iterator[None]:
 
 @contextmanager
 def by_processors(model: Any, controls: Any) -> Iterator[None]:
-    before = dict(model.attn_processors)
-    model.set_attn_processor(ac.processors(model, controls, branches=branches(model)))
+    before = {f"{name}.processor": x.processor for name, x in model.named_modules() if hasattr(x, "processor")}
+    ac.set_processors(model, ac.processors(model, controls, branches=branches(model)))
     try:
         yield
     finally:
-        model.set_attn_processor(before)
+        ac.set_processors(model, before)
 
 
 def branches(model: Any) -> tuple[str, ...]:
@@ -107,7 +79,7 @@ def regions(*, overlap: bool = False, channels: Callable[[int], Tensor] = lambda
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the sequence as the oracle knows it: kind ("global", "text", "image", "reference"), owner, regions."""
+    """One token as the oracle knows it: kind ("global", "text", "image", "reference", "register"), owner, regions."""
 
     kind: str
     owner: int = -1
@@ -119,7 +91,13 @@ def tokens(
 ) -> list[Token]:
     """A sequence spelled out token by token, by the centres of tokens in boxes (boxes end on token borders here)."""
     height, width = grid or setting.grid
-    parts: dict[str, list[Token]] = {"text": [Token("global")] * setting.text, "image": [], "references": []}
+    fill = {kind: [Token("register")] * setting.registers.get(kind, 0) for kind in ("text", "image", "registers")}
+    parts: dict[str, list[Token]] = {
+        "text": [Token("global")] * setting.text + fill["text"],
+        "image": [],
+        "references": [],
+        "registers": fill["registers"],
+    }
     for r, region in enumerate(scene if texts else ()):
         parts["text"] += [Token("text", r, frozenset([r]))] * len(region.prompt_embeds)
     for y in range(height):
@@ -128,6 +106,7 @@ def tokens(
             if len(inside) > 1:
                 inside = {"union": inside, "priority": inside[-1:], "background": []}[overlap]
             parts["image"].append(Token("image", -1, frozenset(inside)))
+    parts["image"] += fill["image"]
     for k in range(setting.references):
         bound = frozenset(r for r, region in enumerate(scene) if region.reference == k)
         parts["references"] += [Token("reference", k, bound)] * 6

@@ -57,6 +57,8 @@ def regional(global_text: str, strength: Callable[[frozenset[int]], float] = lam
         kinds = (q.kind, k.kind)
         if kinds == ("global", "global"):
             return 1.0
+        if "register" in kinds:
+            return 1.0
         if "text" in kinds and "global" in kinds:
             return 0.0
         if kinds == ("text", "text"):
@@ -79,6 +81,8 @@ def isolating(background: str, *, hub: str = "relay", cut: float = 0.0, text: bo
     """The table in the docstring of `Isolate`."""
 
     def rule(q: Token, k: Token) -> float:
+        if "register" in (q.kind, k.kind):
+            return 1.0
         if "text" in (q.kind, k.kind):
             return 1.0 if not text or q.members & k.members else cut
         if q.kind == "global":

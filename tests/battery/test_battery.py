@@ -60,7 +60,7 @@ def passes(setting: Setting, case: Case, scene: list[Any], kinds: Kinds) -> Pass
     if not case.base_ratio:
         return [(main, None)]
     opened = weights(queries, keys, lambda q, k: float("text" not in (q.kind, k.kind)))
-    shares = {"global": 1.0, "text": 0.0, "image": case.base_ratio, "reference": case.base_ratio}
+    shares = {"global": 1.0, "text": 0.0, "register": 0.0, "image": case.base_ratio, "reference": case.base_ratio}
     share = torch.tensor([shares[token.kind] for token in queries])
     return [(main, 1 - share), (opened, share)]
 
@@ -193,13 +193,13 @@ def test_layout_probe(family: Any) -> None:
     """Another text moves exactly the rows that the family calls text, up to the first layer that reads it."""
     setting = family()
     spoken = family_of(setting.model)
-    frames = spoken.arrange(setting.model, spoken.measure(setting.model, setting.inputs))
+    frames = spoken.frames(setting.model, setting.inputs)[0]
     text = spoken.text(setting.inputs)
-    name = next(key for key, value in setting.inputs.items() if value is text)
+    other = torch.randn_like(text) if isinstance(text, torch.Tensor) else [torch.randn_like(row) for row in text]
     with probe() as before, torch.no_grad():
         setting.run()
     with probe() as after, torch.no_grad():
-        setting.run(**{name: torch.randn_like(text)})
+        setting.run(**{spoken.prompt: other})
     layers = spoken.layers(setting.model)
     first = next(i for i, layer in enumerate(layers) if "text.global" in frames[layer.frame])
     for layer, a, b in list(zip(layers, before, after, strict=True))[: first + 1]:

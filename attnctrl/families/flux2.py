@@ -1,0 +1,83 @@
+"""FLUX.2 (dev, klein): joint attention over [text, image, references].
+
+Image ids are (0, y, x, 0), those of reference k (10 * (k + 1), y, x, 0), text ids (0, 0, 0, index). klein runs guidance
+in two forwards, the prompt's first; dev has none. A region's text counts its index from the prompt's first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..layout import Measures
+from . import Arguments, Family, append_to, flux, joint, stacks
+
+_MOST = 512
+
+
+def measure(model: Any, arguments: Arguments) -> Measures:
+    """Sizes from `img_ids`, `hidden_states` and `encoder_hidden_states`.
+
+    Raises:
+        LayoutError: as for FLUX.1.
+        UnsupportedModelError: where keys of references are kept between steps.
+    """
+    if arguments.get("kv_cache_mode") is not None:
+        raise UnsupportedModelError(
+            f"FLUX.2 runs with kv_cache_mode='{arguments['kv_cache_mode']}': references come first and leave the "
+            "sequence after the first step. Use Flux2KleinPipeline, which keeps them in it."
+        )
+    return flux.measure(model, arguments)
+
+
+def position(arguments: Arguments, slots: Sequence[int]) -> Arguments:
+    """Ids for further texts: the prompt's first one, counted on from there in each text."""
+    ids = arguments["txt_ids"]
+    step = ids.new_tensor([0, 0, 0, 1])
+    more = [ids[..., :1, :] + step * torch.arange(count, device=ids.device)[:, None] for count in slots]
+    return {**arguments, "txt_ids": torch.cat([ids, *more], dim=-2)}
+
+
+def count_tokens(pipe: Any, prompt: str) -> int:
+    """Tokens of a prompt in the chat template of the pipeline's language model, at most 512."""
+    if not hasattr(pipe, "system_message"):
+        messages = [{"role": "user", "content": prompt}]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        text = pipe.tokenizer.apply_chat_template(messages, **options)
+        return len(pipe.tokenizer(text, truncation=True, max_length=_MOST).input_ids)
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+    encoded = pipe.tokenizer.apply_chat_template(
+        format_input([prompt], pipe.system_message), add_generation_prompt=False, tokenize=True, return_dict=True
+    )
+    return min(_MOST, len(encoded["input_ids"][0]))
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, prompt: str) -> Tensor:
+    """Embedding of one prompt by itself: [tokens, channels], exactly its real tokens, no padding."""
+    length = count_tokens(pipe, prompt)
+    return pipe.encode_prompt(prompt, device=pipe._execution_device, max_sequence_length=length)[0][0]
+
+
+FLUX2 = Family(
+    name="flux2",
+    models=("Flux2Transformer2DModel",),
+    layers=stacks(
+        ("double", "transformer_blocks", "attn", "joint"), ("single", "single_transformer_blocks", "attn", "joint")
+    ),
+    measure=measure,
+    arrange=joint("text", "image", "references"),
+    watch=("img_ids", "kv_cache_mode"),
+    pixels_per_token=16,
+    timestep=lambda arguments: 1000 * arguments["timestep"],
+    sigma=lambda timestep: timestep / 1000,
+    append_text=append_to(),
+    position=position,
+    encode=encode_prompt,
+    count=count_tokens,
+)

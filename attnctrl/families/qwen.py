@@ -1,0 +1,88 @@
+"""Qwen-Image and Qwen-Image-Edit: joint attention over [text, image, references].
+
+The model centres rows and columns of a picture at 0, gives picture k the frame k, and counts text on the diagonal from
+the largest half side, one position for each token of the text sequence. A region's text begins where the prompt begins.
+True CFG runs one forward per branch, the prompt's first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from ..layout import Measures
+from ..region import by
+from . import Arguments, Family, append_to, joint, stacks
+
+
+class _Shapes(list):
+    """`img_shapes`, with the slots of appended texts on their way to the model's position table."""
+
+    slots: tuple[int, ...] = ()
+
+
+def measure(model: Any, arguments: Arguments) -> Measures:
+    """Sizes from `img_shapes` and `encoder_hidden_states`.
+
+    Raises:
+        LayoutError: when tokens and shapes differ, or pictures are films.
+    """
+    first = arguments["img_shapes"][0]
+    shapes = [first] if isinstance(first[0], int) else first
+    tokens, given = arguments["hidden_states"].shape[1], sum(map(prod, shapes))
+    if tokens != given:
+        raise LayoutError(f"Qwen-Image got {tokens} image tokens but img_shapes {shapes}, which hold {given}.")
+    if any(shape[0] != 1 for shape in shapes):
+        raise LayoutError(f"Qwen-Image pictures have one frame; found {', '.join(by(shape) for shape in shapes)}.")
+    image, *references = [(rows, columns) for _, rows, columns in shapes]
+    return Measures(arguments["encoder_hidden_states"].shape[1], image, tuple(references))
+
+
+def position(arguments: Arguments, slots: Sequence[int]) -> Arguments:
+    """`img_shapes` that carry the slots of appended texts."""
+    shapes = _Shapes(arguments["img_shapes"])
+    shapes.slots = tuple(slots)
+    return {**arguments, "img_shapes": shapes}
+
+
+def restart(original: Callable[..., Any], video_fhw: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The model's rotary tables of image and text, each appended text beginning where the prompt begins."""
+    image, text = original(video_fhw, *args, **kwargs)
+    slots = getattr(video_fhw, "slots", ())
+    return image, torch.cat([text[: len(text) - sum(slots)], *(text[:count] for count in slots)])
+
+
+def count_tokens(pipe: Any, prompt: str) -> int:
+    """Tokens of a prompt in the pipeline's template without the template's head."""
+    head = pipe.prompt_template_encode_start_idx
+    text = pipe.prompt_template_encode.format(prompt)
+    return min(len(pipe.tokenizer(text).input_ids) - head, pipe.tokenizer_max_length)
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, prompt: str) -> Tensor:
+    """Embedding of one prompt by itself: [tokens, channels]; in editing without the picture."""
+    return pipe.encode_prompt(prompt, device=pipe._execution_device)[0][0]
+
+
+QWEN = Family(
+    name="qwen",
+    models=("QwenImageTransformer2DModel",),
+    layers=stacks(("double", "transformer_blocks", "attn", "joint")),
+    measure=measure,
+    arrange=joint("text", "image", "references"),
+    watch=("img_shapes",),
+    pixels_per_token=16,
+    timestep=lambda arguments: 1000 * arguments["timestep"],
+    sigma=lambda timestep: timestep / 1000,
+    append_text=append_to("encoder_hidden_states_mask"),
+    position=position,
+    shadows={"pos_embed.forward": restart},
+    encode=encode_prompt,
+    count=count_tokens,
+)

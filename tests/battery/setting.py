@@ -1,0 +1,50 @@
+"""A model, its inputs, and who stands where in each of its kernel calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Who stands in the rows and columns of one kernel call: words of "text", "image", "references", "registers"; the image's grid."""
+
+    queries: str
+    keys: str
+    grid: tuple[int, int] = (4, 6)
+
+
+@dataclass
+class Setting:
+    """A model, the inputs of one forward, and who stands where in each of its kernel calls.
+
+    `registers` are learned tokens: those that follow the prompt ("text") or the image, and those by themselves ("registers").
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    calls: Sequence[Kinds]
+    text: int = 5
+    references: int = 0
+    grid: tuple[int, int] = (4, 6)
+    registers: Mapping[str, int] = field(default_factory=dict)
+    prompt: str = "encoder_hidden_states"
+
+    def run(self, **changes: Any) -> Tensor:
+        out = self.model(**{**self.inputs, **changes})[0]
+        return out if isinstance(out, Tensor) else torch.stack(out)
+
+    def single(self, row: int) -> dict[str, Any]:
+        """Inputs of one row of the batch."""
+        batch = len(self.inputs[self.prompt])
+        rows = {
+            key: value
+            for key, value in self.inputs.items()
+            if isinstance(value, (Tensor, list)) and len(value) == batch and "ids" not in key
+        }
+        return {key: value[row : row + 1] for key, value in rows.items()}

@@ -1,0 +1,50 @@
+"""FLUX.2, Qwen-Image, Chroma, Z-Image and AuraFlow for the battery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tiny_mmdit as tiny
+from setting import Kinds, Setting
+
+_ALL = Kinds("text image references", "text image references")
+
+
+def flux2(seed: int = 0, *, references: int = 0, **options: Any) -> Setting:
+    inputs = tiny.flux2_inputs(seed, references=((2, 3),) * references, **options)
+    return Setting(tiny.flux2(dtype=inputs["hidden_states"].dtype), inputs, [_ALL] * 3, references=references)
+
+
+def qwen(seed: int = 0, *, references: int = 0, **options: Any) -> Setting:
+    inputs = tiny.qwen_inputs(seed, references=((2, 3),) * references, **options)
+    return Setting(tiny.qwen(dtype=inputs["hidden_states"].dtype), inputs, [_ALL] * 3, references=references)
+
+
+def chroma(seed: int = 0, **options: Any) -> Setting:
+    inputs = tiny.chroma_inputs(seed, **options)
+    return Setting(tiny.chroma(dtype=inputs["hidden_states"].dtype), inputs, [_ALL] * 4)
+
+
+def zimage(seed: int = 0, **options: Any) -> Setting:
+    inputs = tiny.zimage_inputs(seed, **options)
+    calls = [Kinds(sequence, sequence) for sequence in ("image", "text", "image text", "image text")]
+    fill = {"image": 32 - 24, "text": 32 - 5}
+    return Setting(tiny.zimage(dtype=inputs["x"][0].dtype), inputs, calls, registers=fill, prompt="cap_feats")
+
+
+def auraflow(seed: int = 0, **options: Any) -> Setting:
+    inputs = tiny.auraflow_inputs(seed, **options)
+    calls = [Kinds("registers text image", "registers text image")] * 3
+    return Setting(tiny.auraflow(dtype=inputs["hidden_states"].dtype), inputs, calls, registers={"registers": 8})
+
+
+FAMILIES: dict[str, Callable[..., Setting]] = {
+    "flux2": flux2,
+    "qwen": qwen,
+    "chroma": chroma,
+    "zimage": zimage,
+    "auraflow": auraflow,
+}
+WITH_REFERENCES = ("flux2", "qwen")
+BRANCHES = {"ZImageTransformer2DModel": ("cond",), "AuraFlowTransformer2DModel": ("cond",)}
