@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
 from ..select import Layer
 
-__all__ = ["Arguments", "Family", "append_to", "crossed", "family_of", "joint", "stacks"]
+__all__ = ["Arguments", "Family", "append_to", "crossed", "family_of", "joint", "stacks", "text_limit"]
 
 Arguments = dict[str, Any]
 
@@ -117,6 +118,11 @@ def _with_ones(mask: Tensor, texts: Tensor) -> Tensor:
     return torch.cat([mask, mask.new_ones(mask.shape[0], texts.shape[1])], dim=1)
 
 
+def text_limit(pipe: Any) -> int:
+    """The most text tokens that a pipeline's call reads unless it is told otherwise."""
+    return int(signature(type(pipe).__call__).parameters["max_sequence_length"].default)
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a model.
 
@@ -124,10 +130,11 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedModelError: when there is none, with the known model classes.
     """
     from .flux import FLUX
+    from .pixart import PIXART
     from .sd3 import SD3
     from .unet import UNET
 
-    families = (FLUX, SD3, UNET)
+    families = (FLUX, SD3, UNET, PIXART)
     names = {base.__name__ for base in type(model).__mro__}
     for family in families:
         if names & set(family.models):

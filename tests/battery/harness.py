@@ -6,45 +6,18 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import settings_video as video
 import tiny
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from setting import Kinds, Setting
 from torch import Tensor, nn
 
 import attnctrl as ac
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Who stands in the rows and columns of one kernel call: words of "text", "image", "references"; the image's grid."""
-
-    queries: str
-    keys: str
-    grid: tuple[int, int] = (4, 6)
-
-
-@dataclass
-class Setting:
-    """A model, the inputs of one forward, and who stands where in each of its kernel calls."""
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    calls: Sequence[Kinds]
-    text: int = 5
-    references: int = 0
-    grid: tuple[int, int] = (4, 6)
-
-    def run(self, **changes: Any) -> Tensor:
-        return self.model(**{**self.inputs, **changes})[0]
-
-    def single(self, row: int) -> dict[str, Any]:
-        """Inputs of one row of the batch."""
-        batch = len(self.inputs["encoder_hidden_states"])
-        rows = {k: v for k, v in self.inputs.items() if isinstance(v, Tensor) and len(v) == batch and "ids" not in k}
-        return {key: value[row : row + 1] for key, value in rows.items()}
 
 
 def flux(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32, references: int = 0) -> Setting:
@@ -67,9 +40,9 @@ def unet(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -
     return Setting(tiny.unet(dtype=dtype), inputs, calls, grid=fine)
 
 
-FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux, "sd3": sd3, "unet": unet}
+FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux, "sd3": sd3, "unet": unet, **video.FAMILIES}
 WITH_REFERENCES = ("flux",)
-BRANCHES = {"SD3Transformer2DModel": ("cond",), "UNet2DConditionModel": ("cond",)}
+BRANCHES = {"SD3Transformer2DModel": ("cond",), "UNet2DConditionModel": ("cond",), **video.BRANCHES}
 """Families that batch their branches: what a batch of a bare model holds has to be said."""
 
 
@@ -118,16 +91,17 @@ def tokens(
     setting: Setting, scene: Sequence[Any], *, texts: bool, overlap: str = "union", kinds: str = "", grid: Any = None
 ) -> list[Token]:
     """A sequence spelled out token by token, by the centres of tokens in boxes (boxes end on token borders here)."""
-    height, width = grid or setting.grid
-    parts: dict[str, list[Token]] = {"text": [Token("global")] * setting.text, "image": [], "references": []}
-    for r, region in enumerate(scene if texts else ()):
-        parts["text"] += [Token("text", r, frozenset([r]))] * len(region.prompt_embeds)
+    *frames, height, width = grid or setting.grid
+    own = [Token("text", r, frozenset([r])) for r, region in enumerate(scene) for _ in region.prompt_embeds if texts]
+    prompt = [Token("global")] * (setting.text - setting.fixed * len(own))
+    parts: dict[str, list[Token]] = {"text": prompt + own, "image": [], "references": []}
     for y in range(height):
         for x in range(width):
             inside = [r for r, region in enumerate(scene) if _holds(region.box, (x + 0.5) / width, (y + 0.5) / height)]
             if len(inside) > 1:
                 inside = {"union": inside, "priority": inside[-1:], "background": []}[overlap]
             parts["image"].append(Token("image", -1, frozenset(inside)))
+    parts["image"] *= prod(frames)
     for k in range(setting.references):
         bound = frozenset(r for r, region in enumerate(scene) if region.reference == k)
         parts["references"] += [Token("reference", k, bound)] * 6
