@@ -251,9 +251,10 @@ class Engine:
 
     def _text_of(self, prompt: Tensor, variant: Variant, appended: int) -> Tensor:
         text = prompt.new_zeros(appended, prompt.shape[-1])
-        start = 0
-        for _, region in self.stack.texts(variant.scene, variant.active):
-            embeds = self._embeds(region)
+        encoded = [(region, self._embeds(region)) for _, region in self.stack.texts(variant.scene, variant.active)]
+        # before texts that take the place of the prompt's padding, there is more of it
+        start = appended - sum(len(embeds) for _, embeds in encoded) if variant.frames.fixed else 0
+        for region, embeds in encoded:
             if embeds.shape[-1] != prompt.shape[-1]:
                 raise LayoutError(
                     f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "

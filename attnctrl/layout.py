@@ -25,11 +25,15 @@ Kind = Literal["global", "region_text", "pad", "image", "reference", "register"]
 
 @dataclass(frozen=True)
 class Measures:
-    """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures."""
+    """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures.
+
+    `fixed`: the text must keep its length, so further texts take the place of its last tokens, which are zeros.
+    """
 
     text: int
     image: Grid
     references: Sequence[Grid] = ()
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ class Layout:
 
     Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
     "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
-    tokens that stand for nothing).
+    tokens that stand for nothing). `fixed`: further texts take the place of the prompt's last tokens, and a row with
+    shorter texts keeps more of those.
     """
 
     ranges: tuple[TokenRange, ...]
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         end = 0
@@ -77,7 +83,7 @@ class Layout:
             "references": [(f"reference.{k}", prod(grid), grid) for k, grid in enumerate(measures.references)],
             "registers": [("registers", registers, None)],
         }
-        return cls(_consecutive([item for kind in order for item in kinds[kind]]))
+        return cls(_consecutive([item for kind in order for item in kinds[kind]]), measures.fixed)
 
     @property
     def tokens(self) -> int:
@@ -106,14 +112,26 @@ class Layout:
         return grid
 
     def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Layout:
-        """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text."""
+        """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text.
+
+        Raises:
+            LayoutError: when they must take the place of the prompt's last tokens and are more than those.
+        """
         sized: list[tuple[str, int, Grid | None]] = []
         for item in self.ranges:
-            sized.append((item.name, len(item), item.grid))
-            if item.name == "text.global":
-                sized += [(name, count, None) for name, count in texts]
-                sized += [("text.pad", pad, None)] if pad else []
-        return Layout(_consecutive(sized))
+            if item.name != "text.global":
+                sized.append((item.name, len(item), item.grid))
+                continue
+            more = sum(count for _, count in texts)
+            if self.fixed and more >= len(item):
+                raise LayoutError(
+                    f"The texts of the regions have {more} tokens, but this model reads {len(item)} tokens of text, "
+                    "the prompt's included. Shorten them."
+                )
+            sized.append((item.name, len(item) - more * self.fixed, None))
+            sized += [(name, count, None) for name, count in texts]
+            sized += [("text.pad", pad, None)] if pad and not self.fixed else []
+        return Layout(_consecutive(sized), self.fixed)
 
 
 def _consecutive(sized: Sequence[tuple[str, int, Grid | None]]) -> tuple[TokenRange, ...]:
@@ -175,6 +193,11 @@ class Frames:
     @property
     def main(self) -> Frame:
         return self.items[0][1]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the text keeps its length, as in `Measures`."""
+        return any(frame.queries.fixed or frame.keys.fixed for _, frame in self.items)
 
     @property
     def ranges(self) -> dict[str, TokenRange]:

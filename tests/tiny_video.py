@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    PixArtTransformer2DModel,
+    WanTransformer3DModel,
+)
 from tiny import TEXT_DIM, _made
 
 
@@ -45,3 +50,58 @@ def inputs(
         "return_dict": False,
         **more,
     }
+
+
+def wan(seed: int = 0, *, i2v: bool = False, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """Two blocks over patches of 1 x 2 x 2; one block that also reads a picture when `i2v`."""
+    return _made(
+        WanTransformer3DModel,
+        seed,
+        dtype,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1 if i2v else 2,
+        **({"image_dim": 6, "added_kv_proj_dim": 32} if i2v else {}),
+    )
+
+
+def ltx(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> LTXVideoTransformer3DModel:
+    """Two blocks; its latents come in tokens."""
+    return _made(
+        LTXVideoTransformer3DModel,
+        seed,
+        dtype,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=TEXT_DIM,
+    )
+
+
+def cogvideox(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> CogVideoXTransformer3DModel:
+    """Two blocks with rotary positions over patches of 2 x 2, as in the 5B model."""
+    return _made(
+        CogVideoXTransformer3DModel,
+        seed,
+        dtype,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=TEXT_DIM,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=5,
+        max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
+    )

@@ -14,7 +14,7 @@ from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
 from ..select import Layer
 
-__all__ = ["Arguments", "Family", "append_to", "crossed", "family_of", "joint", "stacks", "text_limit"]
+__all__ = ["Arguments", "Family", "append_to", "crossed", "family_of", "joint", "noisiest", "stacks", "text_limit"]
 
 Arguments = dict[str, Any]
 
@@ -112,6 +112,12 @@ def append_to(*masks: str) -> Callable[[Arguments, Tensor], Arguments]:
     return append
 
 
+def noisiest(arguments: Arguments) -> Tensor:
+    """The timestep of each row: the highest where each token has its own, as those of a given first frame have 0."""
+    timestep: Tensor = arguments["timestep"]
+    return timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep
+
+
 def _with_ones(mask: Tensor, texts: Tensor) -> Tensor:
     if mask.ndim != 2:
         raise LayoutError(f"A mask of the text must be [batch, tokens] to append to it; found {tuple(mask.shape)}.")
@@ -129,12 +135,15 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         UnsupportedModelError: when there is none, with the known model classes.
     """
+    from .cogvideox import COGVIDEOX
     from .flux import FLUX
+    from .ltx import LTX
     from .pixart import PIXART
     from .sd3 import SD3
     from .unet import UNET
+    from .wan import WAN
 
-    families = (FLUX, SD3, UNET, PIXART)
+    families = (FLUX, SD3, UNET, PIXART, WAN, LTX, COGVIDEOX)
     names = {base.__name__ for base in type(model).__mro__}
     for family in families:
         if names & set(family.models):
