@@ -28,12 +28,14 @@ class Measures:
     """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures.
 
     `fixed`: the text must keep its length, so further texts take the place of its last tokens, which are zeros.
+    `closed`: why the model can take no further texts at all; empty when it can.
     """
 
     text: int
     image: Grid
     references: Sequence[Grid] = ()
     fixed: bool = False
+    closed: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ class Layout:
     Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
     "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
     tokens that stand for nothing). `fixed`: further texts take the place of the prompt's last tokens, and a row with
-    shorter texts keeps more of those.
+    shorter texts keeps more of those. `closed`: why there can be no further texts.
     """
 
     ranges: tuple[TokenRange, ...]
     fixed: bool = False
+    closed: str = ""
 
     def __post_init__(self) -> None:
         end = 0
@@ -83,7 +86,7 @@ class Layout:
             "references": [(f"reference.{k}", prod(grid), grid) for k, grid in enumerate(measures.references)],
             "registers": [("registers", registers, None)],
         }
-        return cls(_consecutive([item for kind in order for item in kinds[kind]]), measures.fixed)
+        return cls(_consecutive([item for kind in order for item in kinds[kind]]), measures.fixed, measures.closed)
 
     @property
     def tokens(self) -> int:
@@ -115,8 +118,11 @@ class Layout:
         """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text.
 
         Raises:
-            LayoutError: when they must take the place of the prompt's last tokens and are more than those.
+            LayoutError: when the model takes none, or they must take the place of the prompt's last tokens and are
+                more than those.
         """
+        if texts and self.closed:
+            raise LayoutError(f"Regions with texts of their own need a longer text, but {self.closed}")
         sized: list[tuple[str, int, Grid | None]] = []
         for item in self.ranges:
             if item.name != "text.global":
@@ -131,7 +137,7 @@ class Layout:
             sized.append((item.name, len(item) - more * self.fixed, None))
             sized += [(name, count, None) for name, count in texts]
             sized += [("text.pad", pad, None)] if pad and not self.fixed else []
-        return Layout(_consecutive(sized), self.fixed)
+        return Layout(_consecutive(sized), self.fixed, self.closed)
 
 
 def _consecutive(sized: Sequence[tuple[str, int, Grid | None]]) -> tuple[TokenRange, ...]:

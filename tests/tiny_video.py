@@ -9,6 +9,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     WanTransformer3DModel,
 )
 from tiny import TEXT_DIM, _made
@@ -86,8 +87,8 @@ def ltx(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> LTXVideoTransfo
     )
 
 
-def cogvideox(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> CogVideoXTransformer3DModel:
-    """Two blocks with rotary positions over patches of 2 x 2, as in the 5B model."""
+def cogvideox(seed: int = 0, *, rotary: bool = True, dtype: torch.dtype = torch.float32) -> CogVideoXTransformer3DModel:
+    """Two blocks over patches of 2 x 2; with rotary positions as the 5B model, without as the 2B model."""
     return _made(
         CogVideoXTransformer3DModel,
         seed,
@@ -103,5 +104,24 @@ def cogvideox(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> CogVideoX
         sample_height=8,
         sample_frames=5,
         max_text_seq_length=5,
-        use_rotary_positional_embeddings=True,
+        use_rotary_positional_embeddings=rotary,
+    )
+
+
+def sana(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> SanaTransformer2DModel:
+    """Two blocks, one token per latent."""
+    return _made(
+        SanaTransformer2DModel,
+        seed,
+        dtype,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=TEXT_DIM,
+        sample_size=8,
     )

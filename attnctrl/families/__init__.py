@@ -139,11 +139,12 @@ def family_of(model: nn.Module) -> Family:
     from .flux import FLUX
     from .ltx import LTX
     from .pixart import PIXART
+    from .sana import SANA
     from .sd3 import SD3
     from .unet import UNET
     from .wan import WAN
 
-    families = (FLUX, SD3, UNET, PIXART, WAN, LTX, COGVIDEOX)
+    families = (FLUX, SD3, UNET, PIXART, WAN, LTX, COGVIDEOX, SANA)
     names = {base.__name__ for base in type(model).__mro__}
     for family in families:
         if names & set(family.models):

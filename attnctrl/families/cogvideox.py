@@ -3,7 +3,8 @@
 Film tokens stand in the order (frame, row, column) and a region is the same in every frame. Guidance runs as one batch,
 the negative prompt's rows first; the pipelines do not tell whether a run is guided, so a batch needs
 `attach(..., branches=("uncond", "cond"))`, or ("cond",) without guidance. Rotary positions are the film's alone, so
-further texts need none.
+further texts need none. CogVideoX-2b and CogVideoX-5b-I2V add positions to a sequence of one length, the text included;
+there only controls without texts can act.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     frames, _, height, width = arguments["hidden_states"].shape[1:]
     patch: Any = model.config.patch_size
     grid = (frames // (model.config.patch_size_t or 1), height // patch, width // patch)
-    return Measures(arguments["encoder_hidden_states"].shape[1], grid)
+    embed, closed = model.patch_embed, ""
+    if embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
+        closed = (
+            f"this CogVideoX adds positions to a sequence with exactly {embed.max_text_seq_length} tokens of text. Use "
+            "a model with rotary positions alone (CogVideoX-5b, CogVideoX1.5), or controls without texts such as "
+            "Isolate."
+        )
+    return Measures(arguments["encoder_hidden_states"].shape[1], grid, closed=closed)
 
 
 def count_tokens(pipe: Any, prompt: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,7 +148,10 @@ def probe(*, grad: bool = False) -> Iterator[list[Kernel]]:
     """Record what processors give to the native backend or to PyTorch and get back, around whatever has wrapped it."""
     registry = _AttentionBackendRegistry._backends
     native = next(key for key in registry if key.value == "native")
-    dispatched, functional = registry[native], attention_processor.F
+    dispatched = registry[native]
+    # all modules of models, as some define processors of their own that call PyTorch's kernel
+    names = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("diffusers.models")]
+    functional = [(name, name["F"]) for name in names if hasattr(name.get("F"), "scaled_dot_product_attention")]
     calls: list[Kernel] = []
 
     def value_of(value: Tensor) -> Tensor:
@@ -159,19 +163,25 @@ def probe(*, grad: bool = False) -> Iterator[list[Kernel]]:
         calls.append(Kernel(call["query"], call["key"], call["value"], out))
         return out
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        value = value_of(value.transpose(1, 2))
-        out = functional.scaled_dot_product_attention(query, key, value.transpose(1, 2), **call)
-        calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2)))
-        return out
+    def around(before: Any) -> Any:
+        def attention(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+            value = value_of(value.transpose(1, 2))
+            out = before.scaled_dot_product_attention(query, key, value.transpose(1, 2), **call)
+            calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2)))
+            return out
+
+        return types.SimpleNamespace(**{**vars(before), "scaled_dot_product_attention": attention})
 
     outer._attnctrl_original = dispatched
     registry[native] = outer
-    attention_processor.F = types.SimpleNamespace(**{**vars(functional), "scaled_dot_product_attention": attention})
+    for name, before in functional:
+        name["F"] = around(before)
     try:
         yield calls
     finally:
-        registry[native], attention_processor.F = dispatched, functional
+        registry[native] = dispatched
+        for name, before in functional:
+            name["F"] = before
 
 
 def traces(model: nn.Module) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     PixArtSigmaPipeline,
+    SanaPipeline,
     WanPipeline,
 )
 from diffusers.pipelines.wan import pipeline_wan
@@ -44,13 +46,14 @@ PIPELINES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         {"height": 64, "width": 96, "num_frames": 5},
     ),
 }
+SANA: tuple[Any, Any, Any, dict[str, Any]] = (SanaPipeline, tiny.sana, FlowMatchEulerDiscreteScheduler, {})
 # the model hides the prompt's padding by a mask in these layers
 MASKED = ("pixart", "ltx")
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:
     """A pipeline without autoencoder, and what its call needs."""
-    kind, model, scheduler, options = PIPELINES[name]
+    kind, model, scheduler, options = {**PIPELINES, "sana": SANA}[name]
     tokenizer = text.t5_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -89,6 +92,16 @@ def test_region_texts_are_encoded_at_their_real_length(name: str) -> None:
     assert family.count(pipe, PROMPT) == ids.shape[1] < 16
     assert torch.allclose(family.encode(pipe, PROMPT), pipe.text_encoder(ids)[0][0], atol=1e-5)
     assert family.count(pipe, "red " * 600) < 600
+
+
+def test_sana_reads_region_texts_after_its_instruction() -> None:
+    pipe, _ = made("sana")
+    family = family_of(pipe.transformer)
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    embeds, mask, *_ = pipe.encode_prompt(PROMPT, False, complex_human_instruction=instruction)
+    expected = embeds[0][mask[0].bool()]
+    assert family.count(pipe, PROMPT) == len(expected) < 20
+    assert torch.allclose(family.encode(pipe, PROMPT), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
