@@ -262,8 +262,8 @@ def _selected(layers: Sequence[Layer], control: Control, presets: Presets) -> tu
         others = dict.fromkeys(layer.stack for layer in layers if not layer.linear)
         raise UnsupportedModelError(
             f"'{control.name}' selects {describe(linear)} ({linear[0].name}, ...), which is linear attention: it "
-            f"has no softmax whose keys could be hidden. Give the control layers={' or '.join(map(repr, others))}; image "
-            "tokens cannot be parted from each other in this model."
+            f"has no softmax whose keys could be hidden. Give the control layers={' or '.join(map(repr, others))}; "
+            "image tokens cannot be parted from each other in this model."
         )
     return chosen
 

@@ -143,15 +143,18 @@ class Kernel:
     out: Tensor
 
 
+_TRANSFORMERS = "diffusers.models.transformers."
+
+
 @contextmanager
 def probe(*, grad: bool = False) -> Iterator[list[Kernel]]:
     """Record what processors give to the native backend or to PyTorch and get back, around whatever has wrapped it."""
     registry = _AttentionBackendRegistry._backends
     native = next(key for key in registry if key.value == "native")
     dispatched = registry[native]
-    # all modules of models, as some define processors of their own that call PyTorch's kernel
-    names = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("diffusers.models")]
-    functional = [(name, name["F"]) for name in names if hasattr(name.get("F"), "scaled_dot_product_attention")]
+    # processors that call PyTorch's kernel live here and in the files of single models
+    homes = [attention_processor, *(m for n, m in list(sys.modules.items()) if n.startswith(_TRANSFORMERS))]
+    functional = [(vars(home), vars(home)["F"]) for home in homes if "F" in vars(home)]
     calls: list[Kernel] = []
 
     def value_of(value: Tensor) -> Tensor:
