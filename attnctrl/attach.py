@@ -183,6 +183,13 @@ def parts_of(pipe_or_model: Any) -> tuple[nn.Module, Any]:
             f"Controls go on a Diffusers pipeline or its transformer; found {type(pipe_or_model).__name__}, which has "
             "neither a transformer nor a unet."
         )
+    second = getattr(pipe, "transformer_2", None)
+    if second is not None and second is not model:
+        warnings.warn(
+            f"{type(pipe).__name__} has a second transformer for low noise levels, on which these controls do not act. "
+            "Attach to pipe.transformer_2 as well, with scheduler=pipe.scheduler and prompt_embeds for the regions.",
+            stacklevel=3,
+        )
     return model, pipe
 
 

@@ -270,8 +270,13 @@ class Engine:
 
     def _text_of(self, prompt: Tensor, variant: Variant, appended: int) -> Tensor:
         text = prompt.new_zeros(appended, prompt.shape[-1])
-        ranges = variant.frames.ranges
-        begin = min(item.start for name, item in ranges.items() if name.startswith(("text.region", "text.pad")))
+        placed = {k: v for k, v in variant.frames.ranges.items() if k.startswith(("text.region", "text.pad"))}
+        if not placed:
+            return text
+        begin = min(item.start for item in placed.values())
+        if variant.frames.fixed:
+            # texts that take the place of the prompt's padding stand at its end
+            begin = max(item.stop for item in placed.values()) - appended
         for number, region in self.stack.texts(variant.scene, variant.active):
             embeds = self._embeds(region)
             if embeds.shape[-1] != prompt.shape[-1]:
@@ -279,7 +284,7 @@ class Engine:
                     f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "
                     f"{prompt.shape[-1]}. Encode it with the model's own text encoder."
                 )
-            start = ranges[f"text.region{number}"].start - begin
+            start = placed[f"text.region{number}"].start - begin
             text[start : start + len(embeds)] = embeds.to(device=prompt.device, dtype=prompt.dtype)
         return text
 

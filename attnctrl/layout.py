@@ -28,12 +28,16 @@ class Measures:
     """What one forward is given: tokens of the encoded prompt, the grid of the latents, those of reference pictures.
 
     `padding` are tokens that fill this row up to the longest of its batch, in models that pack each row by itself.
+    `fixed`: the text must keep its length, so further texts take the place of its last tokens, which are zeros.
+    `closed`: why the model can take no further texts at all; empty when it can.
     """
 
     text: int
     image: Grid
     references: Sequence[Grid] = ()
     padding: int = 0
+    fixed: bool = False
+    closed: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,14 @@ class Layout:
     Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
     "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
     tokens that stand for nothing; "text.registers" and "image.registers" where they fill up a text or a picture),
-    "padding" (filling up a row of the batch, which the model masks by itself).
+    "padding" (filling up a row of the batch, which the model masks by itself). `fixed`: further texts take the place of
+    the prompt's last tokens, and a row with shorter texts keeps more of those. `closed`: why there can be no further
+    texts.
     """
 
     ranges: tuple[TokenRange, ...]
+    fixed: bool = False
+    closed: str = ""
 
     def __post_init__(self) -> None:
         end = 0
@@ -82,7 +90,7 @@ class Layout:
             "references": [(f"reference.{k}", prod(grid), grid) for k, grid in enumerate(measures.references)],
             "registers": [("registers", registers, None)],
         }
-        return cls(_consecutive([item for kind in order for item in kinds[kind]]))
+        return cls(_consecutive([item for kind in order for item in kinds[kind]]), measures.fixed, measures.closed)
 
     @classmethod
     def in_order(cls, *parts: tuple[str, int | Grid]) -> Layout:
@@ -117,15 +125,32 @@ class Layout:
         return grid
 
     def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Layout:
-        """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text."""
+        """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text.
+
+        Raises:
+            LayoutError: when the model takes none, or they must take the place of the prompt's last tokens and are
+                more than those.
+        """
+        if texts and self.closed:
+            raise LayoutError(f"Regions with texts of their own need a longer text, but {self.closed}")
         sized: list[tuple[str, int, Grid | None]] = []
         last = "text.registers" if "text.registers" in self else "text.global"
+        if self.fixed:
+            # shorter texts leave more of the prompt's last tokens, and need no filling
+            texts, pad = [text for text in texts if text[0] != "text.pad"], 0
+        more = sum(count for _, count in texts)
         for item in self.ranges:
-            sized.append((item.name, len(item), item.grid))
+            replaced = more if self.fixed and item.name == "text.global" else 0
+            if replaced and replaced >= len(item):
+                raise LayoutError(
+                    f"The texts of the regions have {more} tokens, but this model reads {len(item)} tokens of text, "
+                    "the prompt's included. Shorten them."
+                )
+            sized.append((item.name, len(item) - replaced, item.grid))
             if item.name == last:
                 sized += [(name, count, None) for name, count in texts]
                 sized += [("text.pad", pad, None)] if pad else []
-        return Layout(_consecutive(sized))
+        return Layout(_consecutive(sized), self.fixed, self.closed)
 
 
 def _consecutive(sized: Sequence[tuple[str, int, Grid | None]]) -> tuple[TokenRange, ...]:
@@ -187,6 +212,11 @@ class Frames:
     @property
     def main(self) -> Frame:
         return self.items[0][1]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the text keeps its length, as in `Measures`."""
+        return any(frame.queries.fixed or frame.keys.fixed for _, frame in self.items)
 
     @property
     def ranges(self) -> dict[str, TokenRange]:

@@ -43,6 +43,7 @@ class Layer:
         module: the attention module.
         frame: name of the frame that its kernel sees (see `attnctrl.layout.Frames`).
         call: which of its kernel calls that is.
+        linear: it multiplies keys with values first, without a softmax kernel; no control can act there.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Layer:
     module: Any = field(repr=False, compare=False, default=None)
     frame: str = "joint"
     call: int = 0
+    linear: bool = False
 
 
 def select(layers: Sequence[Layer], selector: Selector, presets: Presets | None = None) -> tuple[Layer, ...]:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .call import Act, Situation, build_plan
 from .controls.base import Control
-from .errors import ControlError, LayoutError
+from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
 from .layout import Frames
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
-from .select import Layer, Presets, select
+from .select import Layer, Presets, describe, select
 
 __all__ = ["Acts", "Presence", "Seat", "Stack", "Variant"]
 
@@ -59,13 +59,14 @@ class Stack:
 
     Raises:
         SelectionError: when a control selects no layer.
+        UnsupportedModelError: when it selects linear attention.
         ControlError: when a control needs regions and nobody declares any, or numbers of scenes disagree.
     """
 
     def __init__(self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets) -> None:
         self.layers = tuple(layers)
         self.seats = [
-            Seat(control, frozenset(layer.name for layer in select(layers, control.layers, presets)))
+            Seat(control, frozenset(layer.name for layer in _selected(layers, control, presets)))
             for control in controls
             if not control.is_idle
         ]
@@ -269,6 +270,19 @@ class Stack:
         ]
         tokens = next(iter(rows)).frames[layer.frame].tokens
         return Act(parts, tokens, layer.call), frozenset(i for numbers in acting for i in numbers)
+
+
+def _selected(layers: Sequence[Layer], control: Control, presets: Presets) -> tuple[Layer, ...]:
+    chosen = select(layers, control.layers, presets)
+    linear = [layer for layer in chosen if layer.linear]
+    if linear:
+        others = dict.fromkeys(layer.stack for layer in layers if not layer.linear)
+        raise UnsupportedModelError(
+            f"'{control.name}' selects {describe(linear)} ({linear[0].name}, ...), which is linear attention: it "
+            f"has no softmax whose keys could be hidden. Give the control layers={' or '.join(map(repr, others))}; "
+            "image tokens cannot be parted from each other in this model."
+        )
+    return chosen
 
 
 def _check_references(regions: Sequence[Region], frames: Frames) -> None:

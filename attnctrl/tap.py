@@ -53,7 +53,7 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
     foreign = {
         f"{type(layer.module.processor).__name__} at {layer.name}"
         for layer in layers
-        if not calls_kernel(layer.module.processor)
+        if not (layer.linear or calls_kernel(layer.module.processor))
     }
     if foreign:
         raise UnsupportedModelError(

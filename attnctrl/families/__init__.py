@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +14,20 @@ from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
 from ..select import Layer
 
-__all__ = ["Arguments", "Family", "Text", "append_to", "crossed", "family_of", "joint", "sizes_of", "stacks"]
+__all__ = [
+    "Arguments",
+    "Family",
+    "Text",
+    "all_families",
+    "append_to",
+    "crossed",
+    "family_of",
+    "joint",
+    "noisiest",
+    "sizes_of",
+    "stacks",
+    "text_limit",
+]
 
 Arguments = dict[str, Any]
 Text = Tensor | Sequence[Tensor]
@@ -133,10 +147,40 @@ def append_to(*masks: str) -> Callable[[Arguments, Tensor], Arguments]:
     return append
 
 
+def noisiest(arguments: Arguments) -> Tensor:
+    """The timestep of each row: the highest where each token has its own, as those of a given first frame have 0."""
+    timestep: Tensor = arguments["timestep"]
+    return timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep
+
+
 def _with_ones(mask: Tensor, texts: Tensor) -> Tensor:
     if mask.ndim != 2:
         raise LayoutError(f"A mask of the text must be [batch, tokens] to append to it; found {tuple(mask.shape)}.")
     return torch.cat([mask, mask.new_ones(mask.shape[0], texts.shape[1])], dim=1)
+
+
+def text_limit(pipe: Any) -> int:
+    """The most text tokens that a pipeline's call reads unless it is told otherwise."""
+    return int(signature(type(pipe).__call__).parameters["max_sequence_length"].default)
+
+
+def all_families() -> tuple[Family, ...]:
+    """Every known family."""
+    from .auraflow import AURAFLOW
+    from .chroma import CHROMA
+    from .cogvideox import COGVIDEOX
+    from .flux import FLUX
+    from .flux2 import FLUX2
+    from .ltx import LTX
+    from .pixart import PIXART
+    from .qwen import QWEN
+    from .sana import SANA
+    from .sd3 import SD3
+    from .unet import UNET
+    from .wan import WAN
+    from .zimage import ZIMAGE
+
+    return (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, PIXART, WAN, LTX, COGVIDEOX, SANA)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -145,16 +189,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         UnsupportedModelError: when there is none, with the known model classes.
     """
-    from .auraflow import AURAFLOW
-    from .chroma import CHROMA
-    from .flux import FLUX
-    from .flux2 import FLUX2
-    from .qwen import QWEN
-    from .sd3 import SD3
-    from .unet import UNET
-    from .zimage import ZIMAGE
-
-    families = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW)
+    families = all_families()
     names = {base.__name__ for base in type(model).__mro__}
     for family in families:
         if names & set(family.models):

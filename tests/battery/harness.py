@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import settings_mmdit as mmdit
+import settings_video as video
 import tiny
 import torch
 from diffusers.models import attention_processor
@@ -39,9 +42,20 @@ def unet(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -
     return Setting(tiny.unet(dtype=dtype), inputs, calls, grid=fine)
 
 
-FAMILIES: dict[str, Callable[..., Setting]] = {"flux": flux, "sd3": sd3, "unet": unet, **mmdit.FAMILIES}
+FAMILIES: dict[str, Callable[..., Setting]] = {
+    "flux": flux,
+    "sd3": sd3,
+    "unet": unet,
+    **mmdit.FAMILIES,
+    **video.FAMILIES,
+}
 WITH_REFERENCES = ("flux", *mmdit.WITH_REFERENCES)
-BRANCHES = {"SD3Transformer2DModel": ("cond",), "UNet2DConditionModel": ("cond",), **mmdit.BRANCHES}
+BRANCHES = {
+    "SD3Transformer2DModel": ("cond",),
+    "UNet2DConditionModel": ("cond",),
+    **mmdit.BRANCHES,
+    **video.BRANCHES,
+}
 """Families that batch their branches: what a batch of a bare model holds has to be said."""
 
 
@@ -90,23 +104,23 @@ def tokens(
     setting: Setting, scene: Sequence[Any], *, texts: bool, overlap: str = "union", kinds: str = "", grid: Any = None
 ) -> list[Token]:
     """A sequence spelled out token by token, by the centres of tokens in boxes (boxes end on token borders here)."""
-    height, width = grid or setting.grid
+    *frames, height, width = grid or setting.grid
+    own = [Token("text", r, frozenset([r])) for r, region in enumerate(scene) for _ in region.prompt_embeds if texts]
+    prompt = [Token("global")] * (setting.text - setting.fixed * len(own))
     fill = {kind: [Token("register")] * setting.registers.get(kind, 0) for kind in ("text", "image", "registers")}
     parts: dict[str, list[Token]] = {
-        "text": [Token("global")] * setting.text + fill["text"],
+        "text": prompt + fill["text"] + own,
         "image": [],
         "references": [],
         "registers": fill["registers"],
     }
-    for r, region in enumerate(scene if texts else ()):
-        parts["text"] += [Token("text", r, frozenset([r]))] * len(region.prompt_embeds)
     for y in range(height):
         for x in range(width):
             inside = [r for r, region in enumerate(scene) if _holds(region.box, (x + 0.5) / width, (y + 0.5) / height)]
             if len(inside) > 1:
                 inside = {"union": inside, "priority": inside[-1:], "background": []}[overlap]
             parts["image"].append(Token("image", -1, frozenset(inside)))
-    parts["image"] += fill["image"]
+    parts["image"] = parts["image"] * prod(frames) + fill["image"]
     for k in range(setting.references):
         bound = frozenset(r for r, region in enumerate(scene) if region.reference == k)
         parts["references"] += [Token("reference", k, bound)] * 6
@@ -147,12 +161,18 @@ class Kernel:
     out: Tensor
 
 
+_TRANSFORMERS = "diffusers.models.transformers."
+
+
 @contextmanager
 def probe(*, grad: bool = False, backend: str = "native") -> Iterator[list[Kernel]]:
     """Record what processors give to a backend or to PyTorch and get back, around whatever has wrapped it."""
     registry = _AttentionBackendRegistry._backends
     native = next(key for key in registry if key.value == backend)
-    dispatched, functional = registry[native], attention_processor.F
+    dispatched = registry[native]
+    # processors that call PyTorch's kernel live here and in the files of single models
+    homes = [attention_processor, *(m for n, m in list(sys.modules.items()) if n.startswith(_TRANSFORMERS))]
+    functional = [(vars(home), vars(home)["F"]) for home in homes if "F" in vars(home)]
     calls: list[Kernel] = []
 
     def value_of(value: Tensor) -> Tensor:
@@ -164,19 +184,25 @@ def probe(*, grad: bool = False, backend: str = "native") -> Iterator[list[Kerne
         calls.append(Kernel(call["query"], call["key"], call["value"], out))
         return out
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        value = value_of(value.transpose(1, 2))
-        out = functional.scaled_dot_product_attention(query, key, value.transpose(1, 2), **call)
-        calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2)))
-        return out
+    def around(before: Any) -> Any:
+        def attention(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+            value = value_of(value.transpose(1, 2))
+            out = before.scaled_dot_product_attention(query, key, value.transpose(1, 2), **call)
+            calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2)))
+            return out
+
+        return types.SimpleNamespace(**{**vars(before), "scaled_dot_product_attention": attention})
 
     outer._attnctrl_original = dispatched
     registry[native] = outer
-    attention_processor.F = types.SimpleNamespace(**{**vars(functional), "scaled_dot_product_attention": attention})
+    for name, before in functional:
+        name["F"] = around(before)
     try:
         yield calls
     finally:
-        registry[native], attention_processor.F = dispatched, functional
+        registry[native] = dispatched
+        for name, before in functional:
+            name["F"] = before
 
 
 def traces(model: nn.Module) -> list[Any]:

@@ -1,13 +1,15 @@
-"""A model, its inputs, and who stands where in each of its kernel calls."""
+"""A model of a family as the battery needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -16,24 +18,27 @@ class Kinds:
 
     queries: str
     keys: str
-    grid: tuple[int, int] = (4, 6)
+    grid: tuple[int, ...] = (4, 6)
 
 
 @dataclass
 class Setting:
     """A model, the inputs of one forward, and who stands where in each of its kernel calls.
 
-    `registers` are learned tokens: those that follow the prompt ("text") or the image, and those by themselves ("registers").
+    `None` among the calls is one that no control touches. `registers` are learned tokens: those that follow the prompt
+    ("text") or the image, and those by themselves ("registers"). `fixed`: the text keeps its length, further texts take
+    the place of its last tokens.
     """
 
     model: nn.Module
     inputs: dict[str, Any]
-    calls: Sequence[Kinds]
+    calls: Sequence[Kinds | None]
     text: int = 5
     references: int = 0
-    grid: tuple[int, int] = (4, 6)
+    grid: tuple[int, ...] = (4, 6)
     registers: Mapping[str, int] = field(default_factory=dict)
     prompt: str = "encoder_hidden_states"
+    fixed: bool = False
 
     def run(self, **changes: Any) -> Tensor:
         out = self.model(**{**self.inputs, **changes})[0]
@@ -48,3 +53,8 @@ class Setting:
             if isinstance(value, (Tensor, list)) and len(value) == batch and "ids" not in key
         }
         return {key: value[row : row + 1] for key, value in rows.items()}
+
+    def controlled(self, calls: Sequence[T]) -> list[tuple[T, Kinds]]:
+        """The kernel calls that controls may touch, each with who stands where."""
+        pairs = zip(calls, self.calls, strict=True)
+        return [(call, kinds) for call, kinds in pairs if kinds is not None]

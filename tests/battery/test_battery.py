@@ -87,7 +87,7 @@ def test_off_equals_base(family: Any, door: Any, case: Case) -> None:
         assert torch.equal(setting.run(), base)
         assert all(getattr(module, "_attnctrl", None) is None for module in setting.model.modules())
     scene = case.scene()
-    for call, kinds in zip(calls, setting.calls, strict=True):
+    for call, kinds in setting.controlled(calls):
         queries, keys = sides(setting, kinds, scene, texts=False)
         assert (call.query.shape[1], call.key.shape[1]) == (len(queries), len(keys))
 
@@ -98,7 +98,7 @@ def test_equals_the_dense_formula_in_every_layer(family: Any, door: Any, case: C
     setting, scene = made(family, case), case.scene()
     with door(setting.model, case.controls(scene)), probe() as calls:
         setting.run()
-    for call, kinds in zip(calls, setting.calls, strict=True):
+    for call, kinds in setting.controlled(calls):
         expected = passes(setting, case, scene, kinds)
         assert (dense(call.query, call.key, call.value, *expected) - call.out).abs().max() < 1e-5
 
@@ -109,7 +109,7 @@ def test_blocked_tokens_have_no_influence(family: Any, case: Case) -> None:
     setting, scene = made(family, case), case.scene()
     with ac.attach(setting.model, case.controls(scene), branches=branches(setting.model)), probe(grad=True) as calls:
         setting.run()
-    for call, kinds in zip(calls, setting.calls, strict=True):
+    for call, kinds in setting.controlled(calls):
         parts = passes(setting, case, scene, kinds)
         sees = sum((table > 0).double() * (1 if share is None else share[:, None]) for table, share in parts) > 0
         for column in torch.unique(sees.T, dim=0):
@@ -127,7 +127,7 @@ def test_half_precision_has_no_nan_and_stays_near_the_formula(family: Any, case:
     setting, scene = made(family, case, dtype=torch.bfloat16), case.scene()
     with ac.attach(setting.model, case.controls(scene), branches=branches(setting.model)), probe() as calls:
         assert setting.run().isfinite().all()
-    for call, kinds in zip(calls, setting.calls, strict=True):
+    for call, kinds in setting.controlled(calls):
         expected = passes(setting, case, scene, kinds)
         want = dense(call.query, call.key, call.value, *expected)
         # one rounding of the output and one of the attention weights, of 8 bits each
@@ -176,7 +176,7 @@ def test_only_selected_layers_are_touched(family: Any, door: Any, case: Case) ->
     controls = [replace(control, layers=names[1:3]) for control in case.controls(scene)]
     with door(setting.model, controls), probe() as calls:
         setting.run()
-    for number, (call, kinds) in enumerate(zip(calls, setting.calls, strict=True)):
+    for number, (call, kinds) in enumerate(setting.controlled(calls)):
         if number in (1, 2):
             expected = passes(setting, case, scene, kinds)
         else:
@@ -202,7 +202,8 @@ def test_layout_probe(family: Any) -> None:
         setting.run(**{spoken.prompt: other})
     layers = spoken.layers(setting.model)
     first = next(i for i, layer in enumerate(layers) if "text.global" in frames[layer.frame])
-    for layer, a, b in list(zip(layers, before, after, strict=True))[: first + 1]:
+    pairs = setting.controlled(list(zip(before, after, strict=True)))
+    for layer, ((a, b), _) in list(zip(layers, pairs, strict=True))[: first + 1]:
         frame = frames[layer.frame]
         for side, x, y in ((frame.queries, a.query, b.query), (frame.keys, a.key, b.key)):
             moved = (x - y).abs().amax(dim=(0, 2, 3)) > 1e-6

@@ -47,7 +47,7 @@ def test_guest(family: str, guest: Guest) -> None:
                 with torch.no_grad(), probe(backend=guest.backend) as calls:
                     out = setting.run()
                 assert (out - base).abs().max() > 1e-3
-                for call, kinds in zip(calls, setting.calls, strict=True):
+                for call, kinds in setting.controlled(calls):
                     expected = passes(setting, CASE, scene, kinds)
                     difference = dense(call.query, call.key, call.value, *expected) - call.out
                     assert difference.abs().max() < guest.tolerance

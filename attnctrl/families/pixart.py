@@ -1,0 +1,56 @@
+"""PixArt-alpha and PixArt-Sigma: self-attention of the image, cross attention to the text.
+
+Guidance runs as one batch, the negative prompt's rows first. The pipelines do not tell whether a run is guided, so a
+batch needs `attach(..., branches=("uncond", "cond"))`, or ("cond",) without guidance. Positions are added to the image
+once, before the first block; texts have none. The prompt is padded, and a mask in cross attention hides its padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Measures
+from . import Arguments, Family, append_to, crossed, stacks, text_limit
+
+
+def measure(model: Any, arguments: Arguments) -> Measures:
+    """Sizes from the latents [B, C, H, W], the model's patch size and `encoder_hidden_states`."""
+    patch: Any = model.config.patch_size
+    height, width = arguments["hidden_states"].shape[-2:]
+    return Measures(arguments["encoder_hidden_states"].shape[1], (height // patch, width // patch))
+
+
+def count_tokens(pipe: Any, prompt: str) -> int:
+    """T5 tokens of the cleaned prompt, its end token included, at most what the pipeline reads (120 or 300)."""
+    cleaned = pipe._text_preprocessing(prompt, clean_caption=True)[0]
+    return len(pipe.tokenizer(cleaned, truncation=True, max_length=text_limit(pipe)).input_ids)
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, prompt: str) -> Tensor:
+    """Embedding of one prompt by itself: [tokens, channels], exactly its real tokens, no padding."""
+    return pipe.encode_prompt(
+        prompt,
+        do_classifier_free_guidance=False,
+        device=pipe._execution_device,
+        clean_caption=True,
+        max_sequence_length=count_tokens(pipe, prompt),
+    )[0][0]
+
+
+PIXART = Family(
+    name="pixart",
+    models=("PixArtTransformer2DModel",),
+    layers=stacks(("self", "transformer_blocks", "attn1", "self"), ("cross", "transformer_blocks", "attn2", "cross")),
+    measure=measure,
+    arrange=crossed,
+    batch=("uncond", "cond"),
+    pixels_per_token=16,
+    timestep=lambda arguments: arguments["timestep"],
+    append_text=append_to("encoder_attention_mask"),
+    encode=encode_prompt,
+    count=count_tokens,
+)
