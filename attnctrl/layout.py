@@ -124,8 +124,8 @@ class Layout:
             raise LayoutError("The image tokens have no grid; regions need one.")
         return grid
 
-    def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Layout:
-        """The layout after `texts` (name, tokens) and `pad` unused tokens are appended to the global text.
+    def with_texts(self, texts: Sequence[tuple[str, int]]) -> Layout:
+        """The layout after `texts` (name, tokens) are appended to the global text; "text.pad" are unused tokens.
 
         Raises:
             LayoutError: when the model takes none, or they must take the place of the prompt's last tokens and are
@@ -137,7 +137,7 @@ class Layout:
         last = "text.registers" if "text.registers" in self else "text.global"
         if self.fixed:
             # shorter texts leave more of the prompt's last tokens, and need no filling
-            texts, pad = [text for text in texts if text[0] != "text.pad"], 0
+            texts = [text for text in texts if text[0] != "text.pad"]
         more = sum(count for _, count in texts)
         for item in self.ranges:
             replaced = more if self.fixed and item.name == "text.global" else 0
@@ -149,7 +149,6 @@ class Layout:
             sized.append((item.name, len(item) - replaced, item.grid))
             if item.name == last:
                 sized += [(name, count, None) for name, count in texts]
-                sized += [("text.pad", pad, None)] if pad else []
         return Layout(_consecutive(sized), self.fixed, self.closed)
 
 
@@ -190,10 +189,10 @@ class Frame:
     def __contains__(self, name: str) -> bool:
         return name in self.queries or name in self.keys
 
-    def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Frame:
+    def with_texts(self, texts: Sequence[tuple[str, int]]) -> Frame:
         """As `Layout.with_texts`, on the sides that hold the prompt."""
-        queries = self.queries.with_texts(texts, pad)
-        return Frame(queries, queries if self.is_joint else self.keys.with_texts(texts, pad))
+        queries = self.queries.with_texts(texts)
+        return Frame(queries, queries if self.is_joint else self.keys.with_texts(texts))
 
 
 @dataclass(frozen=True)
@@ -227,9 +226,9 @@ class Frames:
                 found.setdefault(item.name, item)
         return found
 
-    def with_texts(self, texts: Sequence[tuple[str, int]], pad: int = 0) -> Frames:
+    def with_texts(self, texts: Sequence[tuple[str, int]]) -> Frames:
         """All frames after texts were appended to the prompt."""
-        return Frames(tuple((name, frame.with_texts(texts, pad)) for name, frame in self.items))
+        return Frames(tuple((name, frame.with_texts(texts)) for name, frame in self.items))
 
 
 @dataclass(frozen=True)

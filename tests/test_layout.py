@@ -23,7 +23,7 @@ def test_ranges_follow_each_other() -> None:
     assert layout["image"] == TokenRange("image", 5, 11, (2, 3))
     assert layout["reference.1"] == TokenRange("reference.1", 13, 17, (2, 2))
     assert (layout.tokens, layout.grid) == (17, (2, 3))
-    longer = layout.with_texts([("text.region0", 3), ("text.region1", 2)], pad=1)
+    longer = layout.with_texts([("text.region0", 3), ("text.region1", 2), ("text.pad", 1)])
     assert [(item.name, item.start, item.stop) for item in longer.ranges[:5]] == [
         ("text.global", 0, 5), ("text.region0", 5, 8), ("text.region1", 8, 10), ("text.pad", 10, 11), ("image", 11, 17),
     ]  # fmt: skip
@@ -89,7 +89,7 @@ def test_overlap_policies() -> None:
 def test_partition_names_each_group() -> None:
     regions = [Region("cat", box=(0, 0, 0.5, 1), reference=1), Region("dog", box=(0.25, 0, 0.75, 1))]
     layout = Layout.of(text=2, image=(1, 4), references=[(1, 1), (1, 2)]).with_texts(
-        [("text.region0", 1), ("text.region1", 2)], 1
+        [("text.region0", 1), ("text.region1", 2), ("text.pad", 1)]
     )
     atom, groups = partition(layout, membership(regions, (1, 4)), regions)
     names = [groups[index].name for index in atom.tolist()]

@@ -211,3 +211,27 @@ def test_layout_probe(family: Any) -> None:
             if "text.global" in side:
                 reads[side["text.global"].start : side["text.global"].stop] = True
             assert torch.equal(moved, reads)
+
+
+@pytest.mark.parametrize("name", ["pixart", "ltx", "qwen", "chroma"])
+@pytest.mark.parametrize(
+    "case", [CASES["stack"], CASES["isolate"], CASES["regions-base"]], ids=["stack", "isolate", "regions-base"]
+)
+def test_padding_that_the_model_masks_changes_nothing(name: str, case: Case) -> None:
+    """The model's own mask is merged with the plans: a padded prompt under controls equals the bare one."""
+    setting = FAMILIES[name]()
+    prompt = setting.inputs["encoder_hidden_states"]
+    padded = torch.cat([prompt, 3 * torch.randn(1, 3, prompt.shape[-1])], dim=1)
+    mask = torch.tensor([[1.0] * prompt.shape[1] + [0.0] * 3])
+    changes: dict[str, Any] = {"encoder_hidden_states": padded}
+    if name == "qwen":
+        changes["encoder_hidden_states_mask"] = mask.bool()
+    elif name == "chroma":
+        changes["attention_mask"] = torch.cat([mask, torch.ones(1, 24)], dim=1).bool()
+        changes["txt_ids"] = torch.zeros(padded.shape[1], 3)
+    else:
+        changes["encoder_attention_mask"] = mask
+    with ac.attach(setting.model, case.controls(case.scene()), branches=("cond",)):
+        bare = setting.run()
+        assert (setting.run(**changes) - bare).abs().max() < 1e-4
+    assert (setting.run() - bare).abs().max() > 1e-2
