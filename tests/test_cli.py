@@ -481,6 +481,19 @@ def test_bench_prints_the_rows(call, monkeypatch):
     ]  # fmt: skip
 
 
+def test_bench_idle_measures_a_forward_with_the_same_bits(tmp_path):
+    from attnctrl.bench import bench_idle
+    from attnctrl.cli.bench import idle_table
+    from attnctrl.toybox.build import tiny_pipeline
+
+    (row,) = bench_idle(tiny_pipeline(), repeats=1)["rows"]
+    assert row["bit_equal"]
+    assert row["tokens"] == 32 * 32 + 40
+    assert row["ratio"] == pytest.approx(row["idle_s"] / row["vanilla_s"])
+    cells = [next(iter(column.cells)) for column in idle_table({"rows": [row]}).columns]
+    assert cells[:2] == ["attached, idle", "1064"]
+
+
 def test_env_names_versions_devices_and_backends(call):
     code, out, _ = call("env", "--format", "json")
     data = json.loads(out)

@@ -235,3 +235,13 @@ def test_padding_that_the_model_masks_changes_nothing(name: str, case: Case) -> 
         bare = setting.run()
         assert (setting.run(**changes) - bare).abs().max() < 1e-4
     assert (setting.run() - bare).abs().max() > 1e-2
+
+
+@every_family
+def test_both_doors_give_the_same_bits(family: Any) -> None:
+    setting, case = family(), CASES["stack"]
+    results = []
+    for door in DOORS.values():
+        with door(setting.model, case.controls(case.scene())):
+            results.append(setting.run())
+    assert torch.equal(*results)
