@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    CogView4Transformer2DModel,
     Flux2Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
@@ -117,3 +118,20 @@ def auraflow_inputs(seed: int = 0, **options: Any) -> dict[str, Any]:
     inputs = sd_inputs(seed, pooled=True, **options)
     inputs.pop("pooled_projections")
     return {**inputs, "timestep": inputs["timestep"] / 1000}
+
+
+def cogview4(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> CogView4Transformer2DModel:
+    """Two blocks of 2 heads of 16."""
+    sizes = {"patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": TEXT_DIM}
+    return _made(
+        CogView4Transformer2DModel, seed, dtype, attention_head_dim=16, num_attention_heads=2, time_embed_dim=16,
+        condition_dim=8, pos_embed_max_size=64, sample_size=8, **sizes,
+    )  # fmt: skip
+
+
+def cogview4_inputs(seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of one forward."""
+    inputs = sd_inputs(seed, pooled=True, **options)
+    batch = len(inputs.pop("pooled_projections"))
+    sizes = {name: torch.full((batch, 2), 64.0) for name in ("original_size", "target_size")}
+    return {**inputs, **sizes, "crop_coords": torch.zeros(batch, 2)}

@@ -169,6 +169,7 @@ def all_families() -> tuple[Family, ...]:
     from .auraflow import AURAFLOW
     from .chroma import CHROMA
     from .cogvideox import COGVIDEOX
+    from .cogview4 import COGVIEW4
     from .flux import FLUX
     from .flux2 import FLUX2
     from .ltx import LTX
@@ -180,7 +181,7 @@ def all_families() -> tuple[Family, ...]:
     from .wan import WAN
     from .zimage import ZIMAGE
 
-    return (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, PIXART, WAN, LTX, COGVIDEOX, SANA)
+    return (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, WAN, LTX, COGVIDEOX, SANA)
 
 
 def family_of(model: nn.Module) -> Family:

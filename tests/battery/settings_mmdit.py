@@ -1,4 +1,4 @@
-"""FLUX.2, Qwen-Image, Chroma, Z-Image and AuraFlow for the battery."""
+"""FLUX.2, Qwen-Image, Chroma, Z-Image, AuraFlow and CogView4 for the battery."""
 
 from __future__ import annotations
 
@@ -39,12 +39,19 @@ def auraflow(seed: int = 0, **options: Any) -> Setting:
     return Setting(tiny.auraflow(dtype=inputs["hidden_states"].dtype), inputs, calls, registers={"registers": 8})
 
 
+def cogview4(seed: int = 0, **options: Any) -> Setting:
+    inputs = tiny.cogview4_inputs(seed, **options)
+    calls = [Kinds("text image", "text image")] * 2
+    return Setting(tiny.cogview4(dtype=inputs["hidden_states"].dtype), inputs, calls)
+
+
 FAMILIES: dict[str, Callable[..., Setting]] = {
     "flux2": flux2,
     "qwen": qwen,
     "chroma": chroma,
     "zimage": zimage,
     "auraflow": auraflow,
+    "cogview4": cogview4,
 }
 WITH_REFERENCES = ("flux2", "qwen")
 BRANCHES = {"ZImageTransformer2DModel": ("cond",), "AuraFlowTransformer2DModel": ("cond",)}
