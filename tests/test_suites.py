@@ -51,7 +51,17 @@ def test_tasks_differ_in_shape_and_colour_and_stay_on_the_canvas():
         (shape, color), (other_shape, other_color) = task.subjects
         assert shape != other_shape
         assert color != other_color
-        assert task.prompt == f"a {color} {shape}, a {other_color} {other_shape}, {task.background} background"
+        first, second = task.phrases
+        assert task.prompt == f"{first}, {second}, {task.background} background"
+        for phrase, told, (x0, y0, x1, y1) in (
+            (first, f"a {color} {shape} ", task.boxes[0]),
+            (second, f"a {other_color} {other_shape} ", task.boxes[1]),
+        ):
+            assert phrase.startswith(told)
+            place = phrase.removeprefix(told)
+            assert place in world.PLACES
+            assert ("left" in place, "right" in place) == ((x0 + x1) / 2 < 0.4, (x0 + x1) / 2 > 0.6)
+            assert ("top" in place, "bottom" in place) == ((y0 + y1) / 2 < 0.4, (y0 + y1) / 2 > 0.6)
         for x0, y0, x1, y1 in task.boxes:
             assert 0 <= x0 < x1 <= 1
             assert 0 <= y0 < y1 <= 1
@@ -92,7 +102,7 @@ def test_a_colour_on_the_wrong_shape_is_present_but_not_bound():
 def test_controls_of_a_batch_have_the_regions_of_each_sample():
     tasks = [sample_task(0), sample_task(1)]
     isolate, regions = build_controls(CONTROL, tasks)
-    assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "reads_all")
+    assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "shared")
     assert isolate.regions == ()
     assert [[r.prompt for r in scene] for scene in regions.regions] == [
         [f"{phrase}, {task.background} background" for phrase in task.phrases] for task in tasks

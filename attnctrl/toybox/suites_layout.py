@@ -21,13 +21,13 @@ from .suites_run import Counter, Progress, Runner
 
 Box = tuple[float, float, float, float]
 
-CONTROL: dict[str, dict[str, Any]] = {"isolate": {"window": (0.0, 0.5), "background": "reads_all"}, "regions": {}}
+CONTROL: dict[str, dict[str, Any]] = {"isolate": {"window": (0.0, 0.5), "background": "shared"}, "regions": {}}
 """What acts in the suite: fields of each control. Isolation ends half-way, so that seams can heal."""
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "regions_only": {"regions": {}},
-    "isolated_always": {"isolate": {"background": "reads_all"}, "regions": {}},
+    "parted_always": {"isolate": {"background": "isolated"}, "regions": {}},
 }
-"""What else can be measured: without isolation, and with isolation that never ends."""
+"""What else can be measured: without isolation, and with regions and background parted from start to end."""
 BOX = 0.42
 _SLACK = 0.04
 """How far a box may lie from the middle of its half of the canvas."""
@@ -45,7 +45,7 @@ BETTER: dict[str, Better] = {
 
 @dataclass(frozen=True)
 class Task:
-    """Two told subjects, (shape, colour) each, their boxes, and the prompt that names them without places."""
+    """Two told subjects, (shape, colour) each, their boxes, and the prompt that names them and their places."""
 
     subjects: tuple[tuple[str, str], ...]
     boxes: tuple[Box, ...]
@@ -54,7 +54,9 @@ class Task:
 
     @property
     def phrases(self) -> list[str]:
-        return [f"a {color} {shape}" for shape, color in self.subjects]
+        """The subjects in words, as the world's captions tell them: "a red circle top left"."""
+        pairs = zip(self.subjects, self.boxes, strict=True)
+        return [f"a {color} {shape} {_place(box)}" for (shape, color), box in pairs]
 
     @property
     def prompt(self) -> str:
@@ -80,6 +82,11 @@ def sample_task(index: int) -> Task:
     background = str(rng.choice(list(world.BACKGROUNDS)))
     subjects = tuple((str(s), str(c)) for s, c in zip(shapes, colors, strict=True))
     return Task(subjects, boxes, background, HELD_OUT + index)
+
+
+def _place(box: Box) -> str:
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return world.WorldSubject("circle", "red", "solid", x, y, BOX / 2).place_word
 
 
 def _box(x: float, y: float, rng: np.random.Generator) -> Box:
