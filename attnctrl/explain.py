@@ -156,7 +156,7 @@ def _length(region: Region, pipe: Any, family: Family, given: int | Mapping[str,
         return given
     if given is not None and region.prompt in given:
         return given[region.prompt]
-    if getattr(pipe, "tokenizer", None) is not None:
+    if getattr(pipe, "tokenizer", None) is not None or getattr(pipe, "tokenizer_2", None) is not None:
         return family.count(pipe, region.prompt)
     notes.append("lengths of region texts are estimated from their words; a pipeline with a tokenizer counts them")
     return 1 + round(4 / 3 * len(region.prompt.split()))

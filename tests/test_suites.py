@@ -132,7 +132,7 @@ def test_layout_suite_gives_the_form_and_counts_pictures(runner):
 def test_variants_come_beside(runner):
     found = measure_layout(runner, "tiny", 1, variants=True)["metrics"]
     assert set(found) == {prefix + name for name in BETTER for prefix in ("", *(f"{v}." for v in VARIANTS))}
-    assert found["regions_only.background_similarity"] != found["isolated_always.background_similarity"]
+    assert found["regions_only.background_similarity"] != found["parted_always.background_similarity"]
 
 
 def test_model_suite_gives_the_form(runner):
