@@ -21,6 +21,7 @@ __all__ = [
     "all_families",
     "append_to",
     "crossed",
+    "encode_alone",
     "family_of",
     "joint",
     "noisiest",
@@ -157,6 +158,21 @@ def _with_ones(mask: Tensor, texts: Tensor) -> Tensor:
     if mask.ndim != 2:
         raise LayoutError(f"A mask of the text must be [batch, tokens] to append to it; found {tuple(mask.shape)}.")
     return torch.cat([mask, mask.new_ones(mask.shape[0], texts.shape[1])], dim=1)
+
+
+def encode_alone(count: Callable[[Any, str], int], **options: Any) -> Callable[[Any, str], Tensor]:
+    """Encodes one prompt by itself: [tokens, channels], exactly the `count` tokens, without padding.
+
+    Most pipelines run their encoder without a mask, so padding would carry the prompt as well and blur where a text
+    ends. `options` are further arguments of the pipeline's `encode_prompt`.
+    """
+
+    @torch.no_grad()
+    def encode(pipe: Any, prompt: str) -> Tensor:
+        given = {"device": pipe._execution_device, "max_sequence_length": count(pipe, prompt), **options}
+        return pipe.encode_prompt(prompt, do_classifier_free_guidance=False, **given)[0][0]
+
+    return encode
 
 
 def text_limit(pipe: Any) -> int:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..layout import Frames, Measures
-from . import Arguments, Family, append_to, joint, stacks
+from . import Family, append_to, encode_alone, joint, stacks
 from .sd3 import measure
 
 _MOST = 256
@@ -28,14 +25,6 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return len(pipe.tokenizer(prompt, truncation=True, max_length=_MOST).input_ids)
 
 
-@torch.no_grad()
-def encode_prompt(pipe: Any, prompt: str) -> Tensor:
-    """Embedding of one prompt by itself: [tokens, channels], its real tokens."""
-    length = count_tokens(pipe, prompt)
-    options: Arguments = {"device": pipe._execution_device, "do_classifier_free_guidance": False}
-    return pipe.encode_prompt(prompt, max_sequence_length=length, **options)[0][0]
-
-
 AURAFLOW = Family(
     name="auraflow",
     models=("AuraFlowTransformer2DModel",),
@@ -49,6 +38,6 @@ AURAFLOW = Family(
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
     append_text=append_to(),
-    encode=encode_prompt,
+    encode=encode_alone(count_tokens),
     count=count_tokens,
 )

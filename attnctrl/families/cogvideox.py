@@ -11,11 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..layout import Measures
-from . import Arguments, Family, append_to, joint, stacks, text_limit
+from . import Arguments, Family, append_to, encode_alone, joint, stacks, text_limit
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:
@@ -38,18 +35,6 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return len(pipe.tokenizer(prompt, truncation=True, max_length=text_limit(pipe)).input_ids)
 
 
-@torch.no_grad()
-def encode_prompt(pipe: Any, prompt: str) -> Tensor:
-    """T5 embedding of one prompt by itself: [tokens, channels], exactly its real tokens, no padding.
-
-    CogVideoX runs T5 without an attention mask, so padding would carry the prompt as well.
-    """
-    length = count_tokens(pipe, prompt)
-    return pipe.encode_prompt(
-        prompt, do_classifier_free_guidance=False, device=pipe._execution_device, max_sequence_length=length
-    )[0][0]
-
-
 COGVIDEOX = Family(
     name="cogvideox",
     models=("CogVideoXTransformer3DModel",),
@@ -60,6 +45,6 @@ COGVIDEOX = Family(
     pixels_per_token=16,
     timestep=lambda arguments: arguments["timestep"],
     append_text=append_to(),
-    encode=encode_prompt,
+    encode=encode_alone(count_tokens),
     count=count_tokens,
 )

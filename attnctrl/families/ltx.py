@@ -10,12 +10,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import LayoutError
 from ..layout import Measures
-from . import Arguments, Family, append_to, crossed, noisiest, stacks, text_limit
+from . import Arguments, Family, append_to, crossed, encode_alone, noisiest, stacks, text_limit
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:
@@ -39,18 +36,6 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return len(pipe.tokenizer(prompt, truncation=True, max_length=text_limit(pipe)).input_ids)
 
 
-@torch.no_grad()
-def encode_prompt(pipe: Any, prompt: str) -> Tensor:
-    """T5 embedding of one prompt by itself: [tokens, channels], exactly its real tokens, no padding.
-
-    LTX runs T5 without an attention mask, so padding would carry the prompt as well.
-    """
-    length = count_tokens(pipe, prompt)
-    return pipe.encode_prompt(
-        prompt, do_classifier_free_guidance=False, device=pipe._execution_device, max_sequence_length=length
-    )[0][0]
-
-
 _SIZES = ("num_frames", "height", "width")
 
 LTX = Family(
@@ -65,6 +50,6 @@ LTX = Family(
     timestep=noisiest,
     sigma=lambda timestep: timestep / 1000,
     append_text=append_to("encoder_attention_mask"),
-    encode=encode_prompt,
+    encode=encode_alone(count_tokens),
     count=count_tokens,
 )

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..layout import Measures
-from . import Arguments, Family, append_to, crossed, stacks, text_limit
+from . import Arguments, Family, append_to, crossed, encode_alone, stacks, text_limit
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:
@@ -29,18 +26,6 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return len(pipe.tokenizer(cleaned, truncation=True, max_length=text_limit(pipe)).input_ids)
 
 
-@torch.no_grad()
-def encode_prompt(pipe: Any, prompt: str) -> Tensor:
-    """Embedding of one prompt by itself: [tokens, channels], exactly its real tokens, no padding."""
-    return pipe.encode_prompt(
-        prompt,
-        do_classifier_free_guidance=False,
-        device=pipe._execution_device,
-        clean_caption=True,
-        max_sequence_length=count_tokens(pipe, prompt),
-    )[0][0]
-
-
 PIXART = Family(
     name="pixart",
     models=("PixArtTransformer2DModel",),
@@ -51,6 +36,6 @@ PIXART = Family(
     pixels_per_token=16,
     timestep=lambda arguments: arguments["timestep"],
     append_text=append_to("encoder_attention_mask"),
-    encode=encode_prompt,
+    encode=encode_alone(count_tokens, clean_caption=True),
     count=count_tokens,
 )

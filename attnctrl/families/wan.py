@@ -15,13 +15,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures
 from ..select import Layer
-from . import Arguments, Family, append_to, crossed, noisiest, stacks, text_limit
+from . import Arguments, Family, append_to, crossed, encode_alone, noisiest, stacks, text_limit
 
 
 def layers(model: Any) -> tuple[Layer, ...]:
@@ -67,15 +66,6 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return len(pipe.tokenizer(prompt_clean(prompt), truncation=True, max_length=text_limit(pipe)).input_ids)
 
 
-@torch.no_grad()
-def encode_prompt(pipe: Any, prompt: str) -> Tensor:
-    """Embedding of one prompt by itself: [tokens, channels], exactly its real tokens, no padding."""
-    length = count_tokens(pipe, prompt)
-    return pipe.encode_prompt(
-        prompt, do_classifier_free_guidance=False, device=pipe._execution_device, max_sequence_length=length
-    )[0][0]
-
-
 WAN = Family(
     name="wan",
     models=("WanTransformer3DModel",),
@@ -87,6 +77,6 @@ WAN = Family(
     timestep=noisiest,
     sigma=lambda timestep: timestep / 1000,
     append_text=append_text,
-    encode=encode_prompt,
+    encode=encode_alone(count_tokens),
     count=count_tokens,
 )
