@@ -204,12 +204,18 @@ class Act:
                 merged with the plans.
 
         Raises:
-            PlanError: when tokens or mask do not fit the plans.
+            PlanError: when tokens, rows or mask do not fit the plans.
         """
         if (query.shape[2], key.shape[2]) != self.tokens:
             raise PlanError(
                 f"The plan covers {self.tokens[0]} queries and {self.tokens[1]} keys, but the kernel got "
                 f"{query.shape[2]} and {key.shape[2]}. Another hook shortens or extends the sequence inside the model."
+            )
+        if self._order is not None and len(self._order) != query.shape[0]:
+            raise PlanError(
+                f"The plan tells {len(self._order)} rows of the batch apart, but the kernel got {query.shape[0]}: the "
+                "layer's processor splits its batch, as those of perturbed-attention guidance do. Leave this layer out "
+                "of the control's `layers`."
             )
         if mask is not None:
             mask = _per_sample(mask, query.shape[0], self.tokens)

@@ -82,7 +82,12 @@ _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}
 
 
 def processors(
-    pipe_or_model: Any, controls: Control | Sequence[Control], *, scheduler: Any = None, branches: Sequence[str] = ()
+    pipe_or_model: Any,
+    controls: Control | Sequence[Control],
+    *,
+    scheduler: Any = None,
+    branches: Sequence[str] = (),
+    own_kernels: bool = False,
 ) -> dict[str, Any]:
     """Processors for `model.set_attn_processor`, or `set_processors`, by the names that Diffusers uses.
 
@@ -94,6 +99,7 @@ def processors(
         controls: one control or a stack.
         scheduler: for windows on a bare model.
         branches: guidance branches of one batch, as for `attach`.
+        own_kernels: as for `attach`.
 
     Raises:
         UnsupportedModelError: also for processors with weights of their own, which cannot be wrapped; `attach` can.
@@ -113,7 +119,7 @@ def processors(
         )
     kind = _NAMED.get(type(stack[0]), ControlledAttnProcessor) if len(stack) == 1 else ControlledAttnProcessor
     alive: weakref.WeakSet[ControlledAttnProcessor] = weakref.WeakSet()
-    entry = Entry(stack, pipe, scheduler, _presence(engine, alive), branches)
+    entry = Entry(stack, pipe, scheduler, _presence(engine, alive), branches, own_kernels)
     made = {}
     for layer in engine.layers:
         processor = layer.module.processor

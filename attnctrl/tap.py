@@ -23,7 +23,7 @@ from .errors import LayoutError, UnsupportedModelError
 from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
 from .select import Layer
 
-__all__ = ["Tap", "check_model", "execution_device"]
+__all__ = ["Tap", "check_model", "execution_device", "is_compiled"]
 
 
 def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:

@@ -71,6 +71,12 @@ def test_masks_of_other_tokens_are_refused(shape: tuple[int, ...]) -> None:
         act().run(q, k, v, torch.zeros(shape), sdpa, None)
 
 
+def test_a_batch_that_was_split_is_refused() -> None:
+    q, k, v = inputs(TOKENS, batch=2)
+    with pytest.raises(PlanError, match=r"tells 3 rows.*got 2.*Leave this layer out"):
+        act().run(q, k, v, None, sdpa, None)
+
+
 def test_acts_say_which_executors_they_use_and_whether_a_mask_is_needed() -> None:
     assert act().executors == ("grouped", "varlen")
     assert act().needs_mask

@@ -187,6 +187,18 @@ def test_training_learns_and_resumes_exactly(tiny_vae: AutoencoderKL, shards: di
     assert run(other, shards, 1, 2) == on
 
 
+def test_channels_of_no_weight_do_not_count(tiny_vae: AutoencoderKL, shards: dict) -> None:
+    one = new_flow(tiny_vae)
+    batch = flow.draw(shards, np.random.default_rng(0), 8, [(64, 64)], [1.0])
+    whole = one.loss(batch, torch.Generator().manual_seed(0))[1]
+    one.weights = torch.cat([torch.ones(32), torch.zeros(32)])
+    first = one.loss(batch, torch.Generator().manual_seed(0))[1]
+    one.weights = 1 - one.weights
+    second = one.loss(batch, torch.Generator().manual_seed(0))[1]
+    assert first + second == pytest.approx(whole)
+    assert min(first, second) > 0
+
+
 def test_rate_falls_to_zero_in_the_last_quarter() -> None:
     assert train.rate_factor(0, 0.0) < 0.01
     assert train.rate_factor(50_000, 0.5) == 1

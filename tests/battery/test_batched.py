@@ -158,6 +158,36 @@ def test_skipped_layers_of_sd3_run_as_a_third_forward_of_the_prompt() -> None:
     assert [len(rows) for rows in seen] == [2, 2, 1]  # not in the first step
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_perturbed_attention_guidance_adds_a_third_branch() -> None:
+    """Rows [negative prompt, prompt, perturbed]; its own layers split the batch, so controls leave them out or refuse."""
+    from diffusers import StableDiffusionPAGPipeline
+
+    pipe = StableDiffusionPAGPipeline(
+        **pipeline("sd").components, pag_applied_layers="mid", requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[torch.Tensor] = []
+    hook = pipe.unet.register_forward_hook(lambda _m, _a, out: rows.append(out[0]))
+
+    def run() -> None:
+        pipe(
+            PROMPT, num_inference_steps=1, guidance_scale=3.0, pag_scale=2.0, output_type="latent",
+            generator=torch.Generator().manual_seed(0), **SIZES["sd"],
+        )  # fmt: skip
+
+    try:
+        run()
+        with ac.attach(pipe, ac.Isolate([LEFT, RIGHT], layers=["down", "up"])):
+            run()
+        moved = (rows[0] - rows[1]).abs().amax(dim=(1, 2, 3))
+        assert (moved > 1e-3).tolist() == [False, True, False]
+        with ac.attach(pipe, ac.Isolate([LEFT, RIGHT])), pytest.raises(ac.PlanError, match="Leave this layer out"):
+            run()
+    finally:
+        hook.remove()
+
+
 def test_region_texts_of_sd3_without_t5() -> None:
     pipe = tiny_pipes.sd3(with_t5=False)
     with ac.attach(pipe, ac.Regions([LEFT, RIGHT])) as handle:

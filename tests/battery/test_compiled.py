@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from harness import DOORS, Setting, flux, regions
 from torch._dynamo.testing import CompileCounter
 
 import attnctrl as ac
+from attnctrl.execute import Host
+from attnctrl.tap import is_compiled
 
 slow = pytest.mark.slow
 
@@ -91,3 +94,27 @@ def test_compiling_the_whole_model_under_controls_is_refused() -> None:
         setting.model.compile(backend="eager", fullgraph=True)
         with pytest.raises(Exception, match=r"Call model.compile\(\) or torch.compile\(model\) first"):
             setting.run()
+
+
+def test_a_model_is_known_to_be_compiled_or_not() -> None:
+    """What sits on the model's own call for controls is no compilation."""
+    setting = flux()
+    with ac.attach(setting.model, stack()):
+        assert not is_compiled(setting.model)
+        setting.model.compile_repeated_blocks(backend="eager")
+        assert is_compiled(setting.model)
+
+
+@pytest.mark.parametrize(("own", "compiled"), [(False, True), (True, False), (True, True)])
+def test_own_kernels_are_counted_on_when_asked_for(own: bool, compiled: bool) -> None:
+    """Only on a device, and only while the user has selected no other backend."""
+    setting = flux()
+    cuda = torch.device("cuda")
+    if compiled:
+        setting.model.compile_repeated_blocks(backend="eager")
+    with ac.attach(setting.model, stack(), own_kernels=own) as handle:
+        engine = handle._engine
+        assert engine._host(torch.device("cpu")) == Host()
+        assert engine._host(cuda) == (Host(own_kernels=True, compiling=compiled) if own else Host())
+        with attention_backend("_native_math"):
+            assert not engine._host(cuda).own_kernels
