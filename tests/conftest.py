@@ -15,3 +15,17 @@ settings.load_profile("attnctrl")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-compatibility", action="store_true", help="write docs/compatibility.md anew")
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command line; its exit code, stdout and stderr."""
+
+    from attnctrl.cli import run
+
+    def run_it(*arguments):
+        code = run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_it

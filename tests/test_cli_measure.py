@@ -1,0 +1,117 @@
+"""The commands that measure, and `env`: what they print for people, for programs and in short."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+
+import pytest
+
+from attnctrl import provenance
+
+RESULT = {
+    "suite": "layout", "model": "toy-flux", "n": 3, "seconds": 1.25,
+    "metrics": {
+        "binding": {"vanilla": 0.25, "controlled": 0.875, "delta": 0.625, "ci95": [0.5, 0.75], "better": "higher"},
+        "accuracy": {"vanilla": 0.98},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def suites(monkeypatch):
+    asked = []
+
+    def layout(model, seeds, progress, variants=False):
+        asked.append((model, seeds, *(["variants"] if variants else [])))
+        progress(1, 3)
+        return RESULT
+
+    module = types.ModuleType("attnctrl.toybox.suites")
+    module.SUITES = {"layout": layout}
+    monkeypatch.setitem(sys.modules, "attnctrl.toybox.suites", module)
+    return asked
+
+
+def test_eval_prints_the_result_of_the_suite(call, suites):
+    code, out, _ = call("eval", "layout", "--seeds", 3, "--format", "json")
+    assert (code, json.loads(out)) == (0, RESULT)
+    assert suites == [("toy-flux", 3)]
+    code, out, _ = call("eval", "layout", "-m", "other")
+    assert suites[1] == ("other", 64)
+    row = next(line for line in out.splitlines() if "binding" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "binding",
+        "↑",
+        "0.250",
+        "0.875",
+        "+0.625",
+        "+0.500 .. +0.750",
+    ]
+    assert "layout on toy-flux: n = 3, 1 s" in out
+    assert call("eval", "layout", "--format", "quiet")[1] == "binding\t0.250\t0.875\naccuracy\t0.980\t\n"
+
+
+def test_eval_of_variants(call, suites):
+    assert call("eval", "layout", "--seeds", 3, "--variants", "--format", "quiet")[0] == 0
+    assert suites == [("toy-flux", 3, "variants")]
+
+
+def test_eval_knows_its_suites(call, suites):
+    code, out, err = call("eval", "layuot")
+    assert (code, out) == (2, "")
+    assert "did you mean 'layout'?" in err.replace("\n", " ")
+
+
+def test_bench_prints_the_rows(call, monkeypatch):
+    import attnctrl.execute.bench as bench
+
+    row = {
+        "case": "quadrants",
+        "tokens": 8704,
+        "density": 0.45,
+        "ours_s": 0.5,
+        "unmasked_s": 1.0,
+        "dense_s": 2.0,
+        "plan_bytes": 2048,
+        "max_err": 1e-7,
+    }
+    monkeypatch.setattr(bench, "bench_execute", lambda: {"suite": "execute", "rows": [row]})
+    code, out, _ = call("bench", "execute", "--format", "json")
+    assert (code, json.loads(out)) == (0, {"suite": "execute", "rows": [row]})
+    assert call("bench", "execute", "--format", "quiet")[1] == "quadrants\t0.5000\n"
+    from attnctrl.cli.bench import table
+
+    assert [next(iter(column.cells)) for column in table({"rows": [row]}).columns] == [
+        "quadrants", "8704", "0.45", "0.500", "1.000", "2.000", "0.50", "0.25", "2 KiB", "1.0e-07",
+    ]  # fmt: skip
+
+
+def test_bench_idle_measures_a_forward_with_the_same_bits(tmp_path):
+    from attnctrl.bench import bench_idle
+    from attnctrl.cli.bench import idle_table
+    from attnctrl.toybox.build import tiny_pipeline
+
+    (row,) = bench_idle(tiny_pipeline(), repeats=1)["rows"]
+    assert row["bit_equal"]
+    assert row["tokens"] == 32 * 32 + 40
+    assert row["ratio"] == pytest.approx(row["idle_s"] / row["vanilla_s"])
+    cells = [next(iter(column.cells)) for column in idle_table({"rows": [row]}).columns]
+    assert cells[:2] == ["attached, idle", "1064"]
+
+
+def test_env_names_versions_devices_and_backends(call):
+    code, out, _ = call("env", "--format", "json")
+    data = json.loads(out)
+    assert code == 0
+    assert provenance.versions().items() <= data["versions"].items()
+    assert data["devices"][0] == "cpu"
+    assert (data["cores"], set(data["attention"])) == (
+        os.cpu_count(),
+        {"native", "flex", "flash", "xformers", "sage", "hub kernels"},
+    )
+    text = call("env")[1]
+    assert f"diffusers      {data['versions']['diffusers']}\n" in text
+    assert call("env", "--format", "quiet")[1].splitlines()[0] == f"python\t{data['versions']['python']}"
