@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from .attach import attach
+from .attach import attach, parts_of
 from .controls import Isolate, Regions
+from .errors import UnsupportedModelError
 from .execute.bench import interleaved
+from .families import family_of
 
 __all__ = ["bench_idle"]
 
@@ -25,8 +27,16 @@ def bench_idle(pipe: Any, repeats: int = 31, seed: int = 0) -> dict[str, Any]:
     Returns:
         {"suite": "idle", "rows": [...]}; a row holds case, tokens, idle_s, vanilla_s (seconds, medians), ratio, and
         whether the outputs are bit-equal.
+
+    Raises:
+        UnsupportedModelError: for another family, whose inputs are not made here.
     """
-    model = pipe.transformer
+    model: Any = parts_of(pipe)[0]
+    if family_of(model).name != "flux":
+        raise UnsupportedModelError(
+            f"bench idle makes inputs for FLUX.1 transformers; found {type(model).__name__}. Name toy-flux or a FLUX.1 "
+            "model."
+        )
     generator = torch.Generator().manual_seed(seed)
     grid = torch.cartesian_prod(torch.zeros(1), torch.arange(32.0), torch.arange(32.0))
 

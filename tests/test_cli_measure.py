@@ -8,8 +8,10 @@ import sys
 import types
 
 import pytest
+import tiny
 
 from attnctrl import provenance
+from attnctrl.errors import UnsupportedModelError
 
 RESULT = {
     "suite": "layout", "model": "toy-flux", "n": 3, "seconds": 1.25,
@@ -94,6 +96,8 @@ def test_bench_idle_measures_a_forward_with_the_same_bits(tmp_path):
     from attnctrl.cli.bench import idle_table
     from attnctrl.toybox.build import tiny_pipeline
 
+    with pytest.raises(UnsupportedModelError, match=r"FLUX\.1 transformers; found UNet2DConditionModel"):
+        bench_idle(tiny.unet())
     (row,) = bench_idle(tiny_pipeline(), repeats=1)["rows"]
     assert row["bit_equal"]
     assert row["tokens"] == 32 * 32 + 40
