@@ -27,7 +27,7 @@ def save_tiny(folder: Path) -> Path:
     """A folder of scenes with one scene and a tiny random model in it."""
     import torch
 
-    from attnctrl.toybox.build import tiny_pipeline
+    from attnctrl.toybox.models.flux import tiny_pipeline
 
     pipe = tiny_pipeline()
     with torch.random.fork_rng(devices=[]):

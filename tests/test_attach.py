@@ -149,7 +149,7 @@ def test_explain_needs_no_weights() -> None:
 
 
 def test_explain_estimates_and_pipelines() -> None:
-    from attnctrl.toybox.build import tiny_pipeline
+    from attnctrl.toybox.models.flux import tiny_pipeline
 
     model = tiny.flux()
     region = ac.Region("a red fox", box=(0, 0, 0.5, 1))

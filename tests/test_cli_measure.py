@@ -94,7 +94,7 @@ def test_bench_prints_the_rows(call, monkeypatch):
 def test_bench_idle_measures_a_forward_with_the_same_bits(tmp_path):
     from attnctrl.bench import bench_idle
     from attnctrl.cli.bench import idle_table
-    from attnctrl.toybox.build import tiny_pipeline
+    from attnctrl.toybox.models.flux import tiny_pipeline
 
     with pytest.raises(UnsupportedModelError, match=r"FLUX\.1 transformers; found UNet2DConditionModel"):
         bench_idle(tiny.unet())

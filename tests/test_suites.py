@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnctrl.toybox import suites_model, world
-from attnctrl.toybox.build import tiny_pipeline
+from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.scorer import read_picture
 from attnctrl.toybox.suites import SUITES
 from attnctrl.toybox.suites_layout import (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from attnctrl.errors import AssetError
-from attnctrl.toybox import build, data, export, flow, model_path, text, train, vae, world
+from attnctrl.toybox import data, export, flow, model_path, text, train, vae, world
+from attnctrl.toybox.models import RECIPES, flux, sd, sd3
+from attnctrl.toybox.models.base import v_prediction
+from attnctrl.toybox.suites_run import Runner
 
 
 def scenes(count: int, subjects: int, seed: int = 0) -> list[world.WorldScene]:
@@ -117,7 +122,7 @@ def test_packing_is_that_of_flux() -> None:
 @pytest.fixture(scope="module")
 def tiny_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(**build.TINY_FLUX.vae).eval()
+    return AutoencoderKL(**flux.TINY_FLUX.vae).eval()
 
 
 def test_balancing_keeps_reconstructions_and_orders_the_channels(tiny_vae: AutoencoderKL) -> None:
@@ -166,9 +171,24 @@ def shards(tiny_vae: AutoencoderKL) -> dict:
     return {(64, 64): {n: data.make_shard(tiny_vae, n, n, 16, 64, 64, lambda _: None) for n in (1, 2, 3, 4)}}
 
 
-def new_flow(tiny_vae: AutoencoderKL) -> flow.Flow:
+TINY = {
+    "toy-flux": lambda vae: flux.flux_pipeline(flux.TINY_FLUX, vae),
+    "toy-sd": lambda vae: sd.sd_pipeline(
+        sd.SDSizes(channels=(32, 32, 32), head_dim=16, text_width=32, text_layers=1), vae
+    ),
+    "toy-sd3": lambda vae: sd3.sd3_pipeline(
+        sd3.SD3Sizes(heads=2, head_dim=16, blocks=2, text_width=32, text_layers=2), vae
+    ),
+}
+
+
+def new_flow(tiny_vae: AutoencoderKL, name: str = "toy-flux") -> flow.Flow:
     torch.manual_seed(0)
-    return flow.Flow(build.flux_pipeline(build.TINY_FLUX, vae=tiny_vae))
+    return flow.Flow(RECIPES[name], TINY[name](tiny_vae))
+
+
+def test_every_recipe_has_a_tiny_twin() -> None:
+    assert set(TINY) == set(RECIPES)
 
 
 def run(one: flow.Flow, shards: dict, seed: int, steps: int) -> list[float]:
@@ -176,13 +196,14 @@ def run(one: flow.Flow, shards: dict, seed: int, steps: int) -> list[float]:
     return [one.step(flow.draw(shards, rng, 8, [(64, 64)], [1.0]), generator, 1.0) for _ in range(steps)]
 
 
-def test_training_learns_and_resumes_exactly(tiny_vae: AutoencoderKL, shards: dict) -> None:
-    one = new_flow(tiny_vae)
+@pytest.mark.parametrize("name", TINY)
+def test_training_learns_and_resumes_exactly(tiny_vae: AutoencoderKL, shards: dict, name: str) -> None:
+    one = new_flow(tiny_vae, name)
     losses = run(one, shards, 0, 12)
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     state = one.state()
     on = run(one, shards, 1, 2)
-    other = new_flow(tiny_vae)
+    other = new_flow(tiny_vae, name)
     other.load_state(state)
     assert run(other, shards, 1, 2) == on
 
@@ -227,7 +248,7 @@ def test_a_run_without_checkpoint_starts_from_the_exported_weights(
     assert train.warm_start(one, tmp_path / "nothing") == (0, 0.0)
     run(one, shards, 0, 3)
     with train.averaged(one):
-        export.export(one.pipeline, tmp_path / "model", {"samples": 24, "seconds": 5})
+        export.export(one.pipeline, tmp_path / "model", {}, {"samples": 24, "seconds": 5})
     other = new_flow(tiny_vae)
     assert train.warm_start(other, tmp_path / "model") == (24, 5.0)
     for name, weight in one.average.items():
@@ -236,23 +257,65 @@ def test_a_run_without_checkpoint_starts_from_the_exported_weights(
         assert torch.equal(other.average[name], kept)
 
 
-def test_the_export_loads_in_one_dtype_and_draws_alike(tiny_vae: AutoencoderKL, tmp_path) -> None:
-    from diffusers import FluxPipeline
+@pytest.mark.parametrize("name", TINY)
+def test_the_export_loads_in_one_dtype_and_draws_alike(tiny_vae: AutoencoderKL, tmp_path, name: str) -> None:
+    """By stock Diffusers, from safetensors, with the settings of the recipe beside it."""
+    from diffusers import DiffusionPipeline
 
+    recipe = RECIPES[name]
     torch.manual_seed(0)
-    pipe = build.flux_pipeline(build.TINY_FLUX, vae=tiny_vae)
-    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
-    folder = export.export(pipe, tmp_path / "model", {"samples": 0, "seconds": 0})
-    assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
-    loaded = FluxPipeline.from_pretrained(folder)
-    modules = (loaded.transformer, loaded.vae, loaded.text_encoder, loaded.text_encoder_2)
-    assert {m.dtype for m in modules} == {torch.float32}
+    pipe = TINY[name](tiny_vae)
+    denoiser = getattr(pipe, recipe.trained[0])
+    before = {k: v.clone() for k, v in denoiser.state_dict().items()}
+    folder = export.export(pipe, tmp_path / "model", recipe.settings, {"samples": 0, "seconds": 0})
+    assert all(torch.equal(v, before[k]) for k, v in denoiser.state_dict().items())
+    loaded = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    assert type(loaded) is type(pipe)
+    assert {getattr(loaded, part).dtype for part in (*recipe.trained, "vae")} == {torch.float32}
     assert not (tmp_path / "model.tmp").exists()
+    kept = json.loads((folder / "attnctrl.json").read_text())
+    assert kept == {**recipe.settings, "training": {"samples": 0, "seconds": 0}}
 
-    def draw(one: FluxPipeline) -> np.ndarray:
+    def draw(one) -> np.ndarray:
         one.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        options = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 40, "output_type": "np"}
-        return one("a red circle", generator=generator, **options).images[0]
+        return Runner.of(one, {**kept, "size": (32, 32), "steps": 2}).draw(["a red circle"], [0])[0].astype(float)
 
-    assert np.abs(draw(loaded) - draw(pipe)).max() < 0.02
+    assert np.abs(draw(loaded) - draw(pipe)).max() <= 5
+
+
+def test_tokens_and_latents_are_each_others_inverse() -> None:
+    latents = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
+    tokens = data.pack(latents)
+    assert torch.equal(data.unpack(tokens, (3, 5)), latents)
+    # token (1, 2) holds the latents of rows 2 and 3, columns 4 and 5
+    assert torch.equal(tokens[:, 1 * 5 + 2].view(2, 16, 2, 2), latents[:, :, 2:4, 4:6])
+
+
+def test_velocity_gives_back_clean_and_noise() -> None:
+    """x0 = sqrt(a) x - sqrt(1 - a) v, noise = sqrt(1 - a) x + sqrt(a) v; the last level holds no signal at all."""
+    pipe = SimpleNamespace(scheduler=sd.ddim_scheduler())
+    noise = v_prediction(pipe)
+    generator = torch.Generator().manual_seed(0)
+    clean, random = torch.randn(2, 64, 8, 4, generator=generator).unbind(0)
+    times = noise.times(64, generator)
+    assert 0 <= times.min() <= times.max() <= 999
+    times[0] = 999
+    kept = pipe.scheduler.alphas_cumprod[times.long()][:, None, None]
+    x, v = noise.mix(clean, random, times), noise.target(clean, random, times)
+    torch.testing.assert_close(kept.sqrt() * x - (1 - kept).sqrt() * v, clean)
+    torch.testing.assert_close((1 - kept).sqrt() * x + kept.sqrt() * v, random)
+    assert torch.equal(x[0], random[0])
+    assert torch.equal(v[0], -clean[0])
+
+
+def test_the_sampler_of_toy_sd_inverts_its_noise() -> None:
+    """DDIM with the true velocity of one picture ends at the picture, from pure noise in five steps."""
+    scheduler = sd.ddim_scheduler()
+    target = v_prediction(SimpleNamespace(scheduler=scheduler)).target
+    generator = torch.Generator().manual_seed(0)
+    clean, random = torch.randn(2, 1, 8, 4, generator=generator).unbind(0)
+    scheduler.set_timesteps(5)
+    x = random
+    for t in scheduler.timesteps:
+        x = scheduler.step(target(clean, random, t[None].float()), int(t), x).prev_sample
+    torch.testing.assert_close(x, clean, atol=1e-4, rtol=1e-4)

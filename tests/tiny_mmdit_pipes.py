@@ -90,7 +90,7 @@ def chroma(seed: int = 0) -> ChromaPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
-        _, encoder = text.text_encoders(text.clip_tokenizer(), tokenizer, width=12, layers=1)
+        encoder = text.t5_encoder(tokenizer, width=12, layers=1)
         return _ready(ChromaPipeline(text_encoder=encoder, **_common(tiny_mmdit.chroma())))
 
 
@@ -105,5 +105,5 @@ def auraflow(seed: int = 0) -> AuraFlowPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
-        _, encoder = text.text_encoders(text.clip_tokenizer(), tokenizer, width=12, layers=1)
+        encoder = text.t5_encoder(tokenizer, width=12, layers=1)
         return _ready(AuraFlowPipeline(text_encoder=encoder, **_common(tiny_mmdit.auraflow())))

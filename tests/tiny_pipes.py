@@ -14,10 +14,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModelWithProjection
 
 from attnctrl.toybox import text
-from attnctrl.toybox.build import TINY_FLUX
+from attnctrl.toybox.models.flux import TINY_FLUX
 
 WIDTH = 32
 
@@ -39,7 +38,7 @@ def sd(seed: int = 0) -> StableDiffusionPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = text.clip_tokenizer()
-        encoder, _ = text.text_encoders(clip, text.t5_tokenizer(), width=WIDTH, layers=1)
+        encoder = text.clip_encoder(clip, width=WIDTH, layers=1)
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -70,8 +69,6 @@ def sd3(seed: int = 0, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip, t5 = text.clip_tokenizer(), text.t5_tokenizer()
-        encoder, t5_encoder = text.text_encoders(clip, t5, width=WIDTH, layers=1)
-        config = encoder.config.__class__(**{**encoder.config.to_dict(), "hidden_size": 16, "projection_dim": 16})
         transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -92,11 +89,11 @@ def sd3(seed: int = 0, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=_vae(),
-            text_encoder=CLIPTextModelWithProjection(config),
+            text_encoder=text.clip_encoder(clip, width=16, layers=1, projection=True),
             tokenizer=clip,
-            text_encoder_2=CLIPTextModelWithProjection(config),
+            text_encoder_2=text.clip_encoder(clip, width=16, layers=1, projection=True),
             tokenizer_2=clip,
-            text_encoder_3=t5_encoder if with_t5 else None,
+            text_encoder_3=text.t5_encoder(t5, width=WIDTH, layers=1) if with_t5 else None,
             tokenizer_3=t5 if with_t5 else None,
         )
     return _ready(pipe)

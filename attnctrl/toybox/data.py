@@ -27,6 +27,13 @@ def pack(latents: Tensor) -> Tensor:
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
+def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The latents [B, C, H, W] of tokens [B, T, 4C] on `grid` (rows, columns)."""
+    (rows, columns), channels = grid, tokens.shape[2] // 4
+    cells = tokens.view(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(-1, channels, 2 * rows, 2 * columns)
+
+
 def scene_to_json(scene: world.WorldScene) -> str:
     """One line of JSON."""
     return json.dumps(asdict(scene))

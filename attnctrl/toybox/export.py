@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-SETTINGS: dict[str, Any] = {
-    "size": [64, 64], "steps": 20, "guidance_scale": 1.0, "true_cfg_scale": 3.0, "max_sequence_length": 40,
-    "negative_prompt": "", "auto_resize": False, "token_pixels": 8, "reference_size": [48, 48],
-}  # fmt: skip
 
-
-def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> Path:
-    """Save an fp16 copy of `pipeline` as `folder` (whole or not at all), with `attnctrl.json` of settings and facts.
+def export(pipeline: DiffusionPipeline, folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Save an fp16 copy of `pipeline` as `folder` (whole or not at all), with its settings and facts in attnctrl.json.
 
     The live weights are not changed. A model card already in `folder` is kept.
     """
@@ -34,9 +29,9 @@ def export(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> 
         for module, weights in zip(modules, kept, strict=True):
             module.to(torch.float32)
             module.load_state_dict(weights)
-    for name in ("text_encoder", "text_encoder_2"):
-        _load_as_float32(temporary / name / "config.json")
-    (temporary / "attnctrl.json").write_text(json.dumps({**SETTINGS, "training": facts}, indent=2) + "\n")
+    for config in temporary.glob("text_encoder*/config.json"):
+        _load_as_float32(config)
+    (temporary / "attnctrl.json").write_text(json.dumps({**settings, "training": facts}, indent=2) + "\n")
     for name in ("README.md", "samples.png"):
         if (folder / name).exists():
             shutil.copy(folder / name, temporary / name)

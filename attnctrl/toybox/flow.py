@@ -1,4 +1,4 @@
-"""One step of flow training for a toy FLUX: batches, the loss with its two teaching heads, optimisers and averages."""
+"""One step of training for a toy model: batches, the loss with its two teaching heads, optimisers and averages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from . import text, world
-from .data import COLORS, PATTERNS, REFERENCE_SIZE, SHAPES, TOKEN_PIXELS, Shard, truth
+from .data import COLORS, PATTERNS, SHAPES, Shard, truth
+from .models.base import Conditions, Recipe
 from .muon import Muon
 
 SUBJECT_WEIGHTS = (0.5, 0.4, 0.07, 0.03)
@@ -21,15 +21,6 @@ DROP_CAPTION = 0.1
 STYLE_WEIGHTS = {"flat": 1.0, "outlined": 0.6, "hatched": 0.2, "grainy": 0.2}
 """How often scenes of a style are drawn: hatching and grain are costly to learn and say little about the subjects."""
 PAD_FULL = 0.15
-
-
-def position_ids(rows: int, columns: int, picture: int = 0) -> Tensor:
-    """FLUX's ids (picture, y, x) of a token grid, float32 [rows * columns, 3]; references carry picture = 1."""
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 0] = picture
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None]
-    return ids.reshape(-1, 3)
 
 
 class Teacher(nn.Module):
@@ -53,15 +44,12 @@ def channel_weights(tokens: Tensor) -> Tensor:
     return torch.where(tokens.float().flatten(0, 1).std(0) > 1e-3, 1.0, 0.02)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Clean tokens [B, T, 64], reference tokens or None, captions, text length, token grid, truth of the tokens."""
+    """Clean tokens [B, T, 64], what the denoiser is told of them, and the truth of every token."""
 
     tokens: Tensor
-    reference: Tensor | None
-    captions: list[str]
-    length: int
-    grid: tuple[int, int]
+    told: Conditions
     truth: dict[str, Tensor]
 
 
@@ -71,24 +59,26 @@ def draw(
     batch: int,
     sizes: list[Any],
     weights: list[float],
+    references: float = REFERENCE_SHARE,
 ) -> Batch:
-    """One batch of equal canvas size and number of subjects; captions are made anew."""
+    """One batch of equal canvas size and number of subjects; captions are made anew, a share shows references."""
     size = sizes[int(rng.choice(len(sizes), p=weights))]
     shard = shards[size][int(rng.choice(4, p=SUBJECT_WEIGHTS)) + 1]
     odds = np.array([STYLE_WEIGHTS[scene.style.name] for scene in shard.scenes])
     picks = rng.choice(len(shard.scenes), batch, p=odds / odds.sum())
-    shows = rng.random() < REFERENCE_SHARE
+    shows = rng.random() < references
     captions = []
     for pick in picks:
         this = int(shard.shown[pick]) if shows else None
-        told = world.caption(shard.scenes[pick], rng, this=this)
-        captions.append("" if rng.random() < DROP_CAPTION else told)
+        caption = world.caption(shard.scenes[pick], rng, this=this)
+        captions.append("" if rng.random() < DROP_CAPTION else caption)
     index = torch.from_numpy(picks)
     longest = max(len(c.replace(",", " ,").split()) for c in captions) + 1
     # The stock pipeline pads to the full length without a mask; region texts come without pads: the model meets both.
     length = text.MAX_LENGTH if rng.random() < PAD_FULL else min(text.MAX_LENGTH, longest + int(rng.integers(0, 4)))
     reference = shard.reference[index].float() if shows else None
-    return Batch(shard.tokens[index].float(), reference, captions, length, shard.grid, truth(shard, picks))
+    told = Conditions(captions, length, shard.grid, reference)
+    return Batch(shard.tokens[index].float(), told, truth(shard, picks))
 
 
 class Flow:
@@ -96,36 +86,32 @@ class Flow:
 
     def __init__(
         self,
-        pipeline: FluxPipeline,
+        recipe: Recipe,
+        pipeline: Any,
         weights: Tensor | float = 1.0,
         lr: float = 2e-3,
         muon_lr: float = 0.02,
         decay: float = 0.99,
     ) -> None:
-        self.pipeline = pipeline
-        self.weights = weights
-        transformer = pipeline.transformer
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        self.teachers = nn.ModuleList([Teacher(width), Teacher(width)])
-        self.modules = nn.ModuleDict(
-            {
-                "transformer": transformer,
-                "text_encoder": pipeline.text_encoder,
-                "text_encoder_2": pipeline.text_encoder_2,
-            }
-        )
-        self._start_as_identity()
+        self.recipe, self.pipeline, self.weights = recipe, pipeline, weights
+        self.noise = recipe.noise(pipeline)
+        heard = recipe.hear(pipeline)
+        self.teachers = nn.ModuleList([Teacher(width) for _, width in heard])
+        self.modules = nn.ModuleDict({name: getattr(pipeline, name) for name in recipe.trained})
+        with torch.no_grad():
+            for name, parameter in self.modules[recipe.trained[0]].named_parameters():
+                if recipe.silent(name):
+                    parameter.zero_()
         self._hidden: list[Tensor] = []
-        for block in (transformer.transformer_blocks[-1], transformer.single_transformer_blocks[1]):
-            block.register_forward_hook(lambda _m, _a, out: self._hidden.append(out[1]))
+        for (layer, take), _ in heard:
+            layer.register_forward_hook(lambda _m, _a, out, take=take: self._hidden.append(take(out)))
         matrices: list[Tensor] = []
         rest: list[Tensor] = []
         for name, parameter in self.modules.named_parameters():
-            block = "blocks." in name and ".norm" not in name
+            block = "block" in name and ".norm" not in name
             encoder = "encoder" in name and "embed" not in name and "shared" not in name
-            (matrices if (block or encoder) and parameter.dim() == 2 and min(parameter.shape) > 16 else rest).append(
-                parameter
-            )
+            wide = parameter.dim() in (2, 4) and min(parameter.flatten(1).shape) > 16
+            (matrices if (block or encoder) and wide else rest).append(parameter)
         self.optimizers = [
             Muon(matrices, lr=muon_lr),
             torch.optim.AdamW([*rest, *self.teachers.parameters()], lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -134,42 +120,21 @@ class Flow:
         self.decay = decay
         self.average = {k: v.detach().clone() for k, v in self.modules.state_dict().items()}
 
-    def _start_as_identity(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.modules["transformer"].named_parameters():
-                if ("norm" in name and "linear" in name) or name.startswith("proj_out"):
-                    parameter.zero_()
-
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, float]:
-        """Rectified-flow loss plus the teachers' twentieths; the second value is the flow part alone."""
-        pipe = self.pipeline
-        t5 = pipe.tokenizer_2(
-            batch.captions, padding="max_length", max_length=batch.length, truncation=True, return_tensors="pt"
-        )
-        clip = pipe.tokenizer(batch.captions, padding="longest", return_tensors="pt")
-        prompt = pipe.text_encoder_2(t5.input_ids)[0]
-        pooled = pipe.text_encoder(clip.input_ids).pooler_output
+        """The denoiser's squared error plus the teachers' twentieths; the second value is the first part alone."""
         clean = batch.tokens
         noise = torch.randn(clean.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(len(clean), generator=generator) + 0.4)
-        hidden = torch.lerp(clean, noise, sigma[:, None, None])
-        ids = position_ids(*batch.grid)
-        count = clean.shape[1]
-        if batch.reference is not None:
-            side = REFERENCE_SIZE // TOKEN_PIXELS
-            hidden = torch.cat([hidden, batch.reference], 1)
-            ids = torch.cat([ids, position_ids(side, side, 1)])
+        times = self.noise.times(len(clean), generator)
         self._hidden.clear()
-        velocity = pipe.transformer(
-            hidden_states=hidden, timestep=sigma, encoder_hidden_states=prompt, pooled_projections=pooled,
-            txt_ids=torch.zeros(batch.length, 3), img_ids=ids, return_dict=False,
-        )[0][:, :count]  # fmt: skip
-        flow = ((velocity - (noise - clean)).square() * self.weights).mean()
-        taught = sum(teacher(h[:, :count], batch.truth) for teacher, h in zip(self.teachers, self._hidden, strict=True))
-        return flow + 0.05 * taught, float(flow.detach())
+        answer = self.recipe.predict(self.pipeline, self.noise.mix(clean, noise, times), times, batch.told)
+        error = ((answer - self.noise.target(clean, noise, times)).square() * self.weights).mean()
+        count = clean.shape[1]
+        heard = zip(self.teachers, self._hidden, strict=True)
+        taught = sum(teacher(hidden[:, :count], batch.truth) for teacher, hidden in heard)
+        return error + 0.05 * taught, float(error.detach())
 
     def step(self, batch: Batch, generator: torch.Generator, factor: float) -> float:
-        """One update with learning rates scaled by `factor`; returns the flow loss."""
+        """One update with learning rates scaled by `factor`; returns the denoiser's squared error."""
         for group, rate in zip((g for o in self.optimizers for g in o.param_groups), self.rates, strict=True):
             group["lr"] = rate * factor
         for o in self.optimizers:

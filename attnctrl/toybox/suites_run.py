@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ class Runner:
     """A pipeline and the settings it wants.
 
     Attributes:
-        pipe: a `FluxPipeline`.
+        pipe: a text-to-image pipeline.
         size: (width, height) in pixels.
-        steps, guidance_scale, true_cfg_scale, max_sequence_length, negative_prompt: arguments of the pipeline.
+        steps, guidance_scale, true_cfg_scale, max_sequence_length, negative_prompt: arguments of the pipeline, as
+            far as it has them.
         batch: pictures that run at once.
     """
 
@@ -50,7 +52,12 @@ class Runner:
 
         found, device = find_model(model), best_device()
         pipe = load_pipeline(found, torch.float32 if device == "cpu" else torch.bfloat16, device)
-        known = {key: found.defaults[key] for key in cls.__dataclass_fields__ if key in found.defaults}
+        return cls.of(pipe, found.defaults)
+
+    @classmethod
+    def of(cls, pipe: Any, settings: Mapping[str, Any]) -> Runner:
+        """`pipe` with the settings of an attnctrl.json; those that are no fields are left out."""
+        known = {key: settings[key] for key in cls.__dataclass_fields__ if key in settings}
         if "size" in known:
             width, height = known["size"]
             known["size"] = (int(width), int(height))
@@ -79,12 +86,14 @@ class Runner:
         import torch
 
         images: list[np.ndarray] = []
+        accepted = signature(type(self.pipe).__call__).parameters
+        scale = self.true_cfg_scale if "true_cfg_scale" in accepted else self.guidance_scale
         for start in range(0, len(prompts), self.batch):
             stop = min(start + self.batch, len(prompts))
             part = list(prompts[start:stop])
             arguments: dict[str, Any] = {
                 "prompt": part,
-                "negative_prompt": [self.negative_prompt] * len(part) if self.true_cfg_scale > 1 else None,
+                "negative_prompt": [self.negative_prompt] * len(part) if scale > 1 else None,
                 "width": self.size[0],
                 "height": self.size[1],
                 "num_inference_steps": self.steps,
@@ -94,6 +103,7 @@ class Runner:
                 "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:stop]],
                 "output_type": "np",
             }
+            arguments = {name: value for name, value in arguments.items() if name in accepted}
             if around is None:
                 drawn = self.pipe(**arguments).images
             else:

@@ -8,7 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from .world import WORDS
 
@@ -60,25 +68,31 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
 
 
-def text_encoders(
-    clip: CLIPTokenizer, t5: T5Tokenizer, width: int = 128, layers: int = 2, heads: int = 4, **overrides: Any
-) -> tuple[CLIPTextModel, T5EncoderModel]:
-    """Randomly initialised encoders of `width` channels that fit the tokenizers (global RNG: seed it before)."""
-    clip_model = CLIPTextModel(
+def clip_encoder(
+    tokenizer: CLIPTokenizer, width: int = 128, layers: int = 2, heads: int = 4, projection: bool = False
+) -> Any:
+    """A randomly initialised CLIP text encoder, its pooled output projected or not (global RNG: seed it before)."""
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return kind(
         CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
             num_attention_heads=heads, max_position_embeddings=MAX_LENGTH, projection_dim=width,
-            bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
-    t5_model = T5EncoderModel(
+
+
+def t5_encoder(tokenizer: T5Tokenizer, width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
+    """A randomly initialised T5 encoder (global RNG: seed it before)."""
+    model = T5EncoderModel(
         T5Config(
-            vocab_size=len(t5), d_model=width, d_kv=width // heads, d_ff=2 * width, num_layers=layers, num_heads=heads,
-            relative_attention_num_buckets=16, relative_attention_max_distance=32, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", pad_token_id=t5.pad_token_id, eos_token_id=t5.eos_token_id,
-            decoder_start_token_id=t5.pad_token_id,
+            vocab_size=len(tokenizer), d_model=width, d_kv=width // heads, d_ff=2 * width, num_layers=layers,
+            num_heads=heads, relative_attention_num_buckets=16, relative_attention_max_distance=32, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     with torch.no_grad():
-        t5_model.shared.weight.normal_(0.0, 1.0)
-    return clip_model, t5_model
+        model.shared.weight.normal_(0.0, 1.0)
+    return model

@@ -1,4 +1,4 @@
-"""Train a toy model from nothing: `python -m attnctrl.toybox.train toy-flux`.
+"""Train a toy model from nothing: `python -m attnctrl.toybox.train toy-flux` (or toy-sd, toy-sd3).
 
 Everything is resumable: the VAE, the encoded scenes and the flow's checkpoint lie in the work folder; running the
 command again goes on from there, or from the exported weights where there is no checkpoint. `--samples` sets the length
@@ -25,10 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 
 from . import world
-from .build import flux_pipeline
 from .data import Shard, cached_shard
 from .export import export
-from .flow import Flow, channel_weights, draw
+from .flow import REFERENCE_SHARE, Flow, channel_weights, draw
+from .models import RECIPES
+from .suites_run import Runner
 from .vae import train as train_vae
 
 MAIN_SIZE = (64, 64)
@@ -110,12 +111,8 @@ def averaged(flow: Flow) -> Iterator[None]:
 def sample_grid(flow: Flow, path: Path, seed: int = 1) -> None:
     """Sixteen fixed prompts with the averaged weights, four rows of four, whatever size the model has met."""
     with averaged(flow):
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(GRID_PROMPTS))]
-        images = flow.pipeline(
-            list(GRID_PROMPTS), negative_prompt=[""] * len(GRID_PROMPTS), true_cfg_scale=3.0, height=64, width=64,
-            num_inference_steps=20, max_sequence_length=40, generator=generators, output_type="np",
-        ).images  # fmt: skip
-    tiles = (np.asarray(images) * 255).round().astype(np.uint8).reshape(4, 4, 64, 64, 3)
+        images = Runner.of(flow.pipeline, flow.recipe.settings).draw(GRID_PROMPTS, [seed + i for i in range(16)])
+    tiles = np.stack(images).reshape(4, 4, 64, 64, 3)
     grid = tiles.transpose(0, 2, 1, 3, 4).reshape(256, 256, 3)
     Image.fromarray(grid).resize((768, 768), Image.Resampling.NEAREST).save(path)
 
@@ -164,16 +161,19 @@ def run(args: argparse.Namespace) -> Path:
     work = Path(args.work)
     folder = work / args.model
     folder.mkdir(parents=True, exist_ok=True)
-    vae = load_or_train_vae(work, Path(args.out), args.vae_steps, args.seed)
+    recipe = RECIPES[args.model]
+    out = Path(args.out or Path("assets") / args.model)
+    vae = load_or_train_vae(work, out, args.vae_steps, args.seed)
     shards = {MAIN_SIZE: load_shards(work, vae, MAIN_SIZE, args.scenes, args.seed)}
-    pipeline = flux_pipeline(vae=vae)
+    pipeline = recipe.pipeline(vae)
     pipeline.set_progress_bar_config(disable=True)
-    flow = Flow(pipeline, channel_weights(shards[MAIN_SIZE][1].tokens[:512]))
+    flow = Flow(recipe, pipeline, channel_weights(shards[MAIN_SIZE][1].tokens[:512]))
     generator = torch.Generator().manual_seed(args.seed)
     done, spent = load_checkpoint(flow, folder, generator)
     if not done and not args.fresh:
-        done, spent = warm_start(flow, Path(args.out))
+        done, spent = warm_start(flow, out)
     rng = np.random.default_rng([args.seed, done])
+    references = REFERENCE_SHARE if recipe.references else 0.0
     flow.modules.train()
     began, last_grid, losses = time.monotonic(), time.monotonic(), []
     last_save = began
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> Path:
                 for size in LATE_SIZES[1:]:
                     shards[size] = load_shards(work, vae, size, args.scenes // 8, args.seed)
             sizes, weights = (LATE_SIZES, LATE_WEIGHTS) if late else ([MAIN_SIZE], [1.0])
-            batch = draw(shards, rng, args.batch, sizes, weights)
+            batch = draw(shards, rng, args.batch, sizes, weights, references)
             losses.append(flow.step(batch, generator, rate_factor(done, share)))
             done += args.batch
             seconds = spent + time.monotonic() - began
@@ -208,13 +208,13 @@ def run(args: argparse.Namespace) -> Path:
     sample_grid(flow, folder / f"grid-{done:07d}.png")
     facts: dict[str, Any] = {"samples": done, "seconds": round(seconds), "world": len(world.WORDS)}
     with averaged(flow):
-        return export(pipeline, Path(args.out), facts)
+        return export(pipeline, out, recipe.settings, facts)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m attnctrl.toybox.train", description=__doc__)
-    p.add_argument("model", choices=["toy-flux"])
+    p.add_argument("model", choices=sorted(RECIPES))
     p.add_argument("--samples", type=int, default=300_000, help="length of the schedule in samples")
     p.add_argument(
         "--minutes", type=float, default=float("inf"), help="length of the schedule in minutes, if that ends earlier"
@@ -230,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grid-every", type=float, default=8, help="minutes between sample grids")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--work", default=".cache/toybox", help="folder for data, checkpoints and logs")
-    p.add_argument("--out", default="assets/toy-flux", help="folder of the exported pipeline")
+    p.add_argument("--out", help="folder of the exported pipeline (assets/MODEL)")
     return p
 
 

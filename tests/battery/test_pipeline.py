@@ -15,7 +15,7 @@ from PIL import Image
 
 import attnctrl as ac
 from attnctrl.schedule import active_steps
-from attnctrl.toybox.build import tiny_pipeline
+from attnctrl.toybox.models.flux import tiny_pipeline
 
 PROMPT = "a red circle and a blue square"
 LEFT = ac.Region("a red circle", box=(0.0, 0.0, 0.5, 1.0))

@@ -57,7 +57,7 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
     tokenizer = text.t5_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        _, encoder = text.text_encoders(text.clip_tokenizer(), tokenizer, width=tiny.TEXT_DIM, layers=1, heads=2)
+        encoder = text.t5_encoder(tokenizer, width=tiny.TEXT_DIM, layers=1, heads=2)
     pipe = kind(tokenizer=tokenizer, text_encoder=encoder.eval(), vae=None, transformer=model(), scheduler=scheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe, {
