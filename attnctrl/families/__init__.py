@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
+from ..rotary import Rotary
 from ..select import Layer
 
 __all__ = [
@@ -64,6 +65,8 @@ class Family:
         prompt: name of the argument that holds the encoded prompts.
         watch: names of further arguments that `measure` looks into; it is asked again when they are other objects.
         sigma: timestep -> noise level, without a scheduler; None where only the scheduler knows.
+        rotary: model -> how queries and keys of image tokens turn with their positions; None where they do not, or not
+            in steps of whole tokens.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Family:
     prompt: str = "encoder_hidden_states"
     watch: tuple[str, ...] = ()
     sigma: Callable[[float], float] | None = None
+    rotary: Callable[[Any], Rotary] | None = None
 
     def text(self, arguments: Arguments) -> Text:
         """The encoded prompts of a forward."""

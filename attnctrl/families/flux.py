@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from ..layout import Measures
 from ..region import Grid
+from ..rotary import Rotary
 from . import Arguments, Family, joint, stacks
 
 
@@ -107,4 +108,5 @@ FLUX = Family(
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,
+    rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
 )

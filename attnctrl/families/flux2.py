@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..layout import Measures
+from ..rotary import Rotary
 from . import Arguments, Family, append_to, flux, joint, stacks
 
 _MOST = 512
@@ -80,4 +81,7 @@ FLUX2 = Family(
     position=position,
     encode=encode_prompt,
     count=count_tokens,
+    rotary=lambda model: Rotary(
+        ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
+    ),
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from ..layout import Measures
 from ..region import by
+from ..rotary import Rotary
 from . import Arguments, Family, append_to, joint, stacks
 
 
@@ -85,4 +86,5 @@ QWEN = Family(
     shadows={"pos_embed.forward": restart},
     encode=encode_prompt,
     count=count_tokens,
+    rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
 )

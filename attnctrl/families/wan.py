@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures
+from ..rotary import Rotary
 from ..select import Layer
 from . import Arguments, Family, append_to, crossed, encode_alone, noisiest, stacks, text_limit
 
@@ -79,4 +80,5 @@ WAN = Family(
     append_text=append_text,
     encode=encode_alone(count_tokens),
     count=count_tokens,
+    rotary=lambda model: Rotary(("frame", "y", "x"), (model.rope.t_dim, model.rope.h_dim, model.rope.w_dim)),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
+from ..rotary import Rotary
 from . import Arguments, Family, stacks
 
 _MULTIPLE = 32
@@ -141,4 +142,5 @@ ZIMAGE = Family(
     shadows={"patchify_and_embed": pack},
     encode=encode_prompt,
     count=count_tokens,
+    rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims), model.config.rope_theta),
 )
