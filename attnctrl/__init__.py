@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .explain import Explanation, explain
+    from .phrases import phrase_spans
     from .processors import (
         ControlledAttnProcessor,
         IsolationAttnProcessor,
@@ -64,6 +65,7 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "explain",
+    "phrase_spans",
     "processors",
     "set_processors",
 ]
@@ -72,6 +74,7 @@ _HOMES = {
     "attach": ("Handle", "Report", "attach"),
     "controls": ("Control", "Isolate", "Regions"),
     "explain": ("Explanation", "explain"),
+    "phrases": ("phrase_spans",),
     "region": ("Region",),
     "processors": (
         "ControlledAttnProcessor",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
+from ..phrases import Reader
 from ..rotary import Rotary
 from ..select import Layer
 
@@ -65,6 +66,7 @@ class Family:
         prompt: name of the argument that holds the encoded prompts.
         watch: names of further arguments that `measure` looks into; it is asked again when they are other objects.
         sigma: timestep -> noise level, without a scheduler; None where only the scheduler knows.
+        readers: tokenizers whose tokens stand in the text sequence, in its order; () where words cannot be found in it.
         rotary: model -> how queries and keys of image tokens turn with their positions; None where they do not, or not
             in steps of whole tokens.
     """
@@ -88,6 +90,7 @@ class Family:
     prompt: str = "encoder_hidden_states"
     watch: tuple[str, ...] = ()
     sigma: Callable[[float], float] | None = None
+    readers: tuple[Reader, ...] = ()
     rotary: Callable[[Any], Rotary] | None = None
 
     def text(self, arguments: Arguments) -> Text:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..phrases import Reader
 from . import Arguments, flux
 
 _MOST = 512
@@ -47,4 +48,5 @@ CHROMA = replace(
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(),),
 )

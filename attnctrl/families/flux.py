@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures
+from ..phrases import Reader
 from ..region import Grid
 from ..rotary import Rotary
 from . import Arguments, Family, joint, stacks
@@ -108,5 +109,6 @@ FLUX = Family(
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader("tokenizer_2"),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
 )

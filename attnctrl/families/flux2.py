@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..layout import Measures
+from ..phrases import Reader
 from ..rotary import Rotary
 from . import Arguments, Family, append_to, flux, joint, stacks
 
@@ -43,13 +44,26 @@ def position(arguments: Arguments, slots: Sequence[int]) -> Arguments:
     return {**arguments, "txt_ids": torch.cat([ids, *more], dim=-2)}
 
 
+def _written(pipe: Any, prompt: str) -> str:
+    """What a pipeline of klein gives to its tokenizer.
+
+    Raises:
+        UnsupportedModelError: for dev, whose processor does not tell where its tokens stand.
+    """
+    if hasattr(pipe, "system_message"):
+        raise UnsupportedModelError(
+            "FLUX.2 dev reads its prompt by a processor that does not tell where words stand. Give the phrase a region "
+            "with a text of its own instead."
+        )
+    messages = [{"role": "user", "content": prompt}]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    return pipe.tokenizer.apply_chat_template(messages, **options)
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Tokens of a prompt in the chat template of the pipeline's language model, at most 512."""
     if not hasattr(pipe, "system_message"):
-        messages = [{"role": "user", "content": prompt}]
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        text = pipe.tokenizer.apply_chat_template(messages, **options)
-        return len(pipe.tokenizer(text, truncation=True, max_length=_MOST).input_ids)
+        return len(pipe.tokenizer(_written(pipe, prompt), truncation=True, max_length=_MOST).input_ids)
     from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
     encoded = pipe.tokenizer.apply_chat_template(
@@ -81,6 +95,7 @@ FLUX2 = Family(
     position=position,
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(written=_written),),
     rotary=lambda model: Rotary(
         ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
     ),

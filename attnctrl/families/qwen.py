@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures
+from ..phrases import Reader
 from ..region import by
 from ..rotary import Rotary
 from . import Arguments, Family, append_to, joint, stacks
@@ -58,11 +59,14 @@ def restart(original: Callable[..., Any], video_fhw: Any, *args: Any, **kwargs: 
     return image, torch.cat([text[: len(text) - sum(slots)], *(text[:count] for count in slots)])
 
 
+def _written(pipe: Any, prompt: str) -> str:
+    return pipe.prompt_template_encode.format(prompt)
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Tokens of a prompt in the pipeline's template without the template's head."""
-    head = pipe.prompt_template_encode_start_idx
-    text = pipe.prompt_template_encode.format(prompt)
-    return min(len(pipe.tokenizer(text).input_ids) - head, pipe.tokenizer_max_length)
+    tokens = len(pipe.tokenizer(_written(pipe, prompt)).input_ids) - pipe.prompt_template_encode_start_idx
+    return min(tokens, pipe.tokenizer_max_length)
 
 
 @torch.no_grad()
@@ -86,5 +90,6 @@ QWEN = Family(
     shadows={"pos_embed.forward": restart},
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(written=_written, begin=lambda pipe: -pipe.prompt_template_encode_start_idx),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
 )

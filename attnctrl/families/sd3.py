@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Frame, Frames, Layout, Measures
+from ..phrases import Reader
 from . import Arguments, Family, append_to, stacks
 
 
@@ -64,4 +65,6 @@ SD3 = Family(
     append_text=append_to(),
     encode=encode_prompt,
     count=count_tokens,
+    # both CLIP encoders see the same words; they stand side by side in channels
+    readers=(Reader("tokenizer"), Reader("tokenizer_3", begin=lambda pipe: int(pipe.tokenizer_max_length))),
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Frame, Frames, Layout, Measures
+from ..phrases import Reader
 from ..select import Layer
 from . import Arguments, Family, append_to
 
@@ -90,4 +91,5 @@ UNET = Family(
     append_text=append_to("encoder_attention_mask"),
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(),),
 )

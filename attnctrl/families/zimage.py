@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures
+from ..phrases import Reader
 from ..rotary import Rotary
 from . import Arguments, Family, stacks
 
@@ -106,12 +107,15 @@ def pack(original: Callable[..., Any], images: Any, captions: Any, *args: Any, *
     )
 
 
-def count_tokens(pipe: Any, prompt: str) -> int:
-    """Tokens of a prompt in the chat template of the pipeline's language model, at most 512."""
+def _written(pipe: Any, prompt: str) -> str:
     messages = [{"role": "user", "content": prompt}]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-    text = pipe.tokenizer.apply_chat_template(messages, **options)
-    return len(pipe.tokenizer(text, truncation=True, max_length=_MOST).input_ids)
+    return pipe.tokenizer.apply_chat_template(messages, **options)
+
+
+def count_tokens(pipe: Any, prompt: str) -> int:
+    """Tokens of a prompt in the chat template of the pipeline's language model, at most 512."""
+    return len(pipe.tokenizer(_written(pipe, prompt), truncation=True, max_length=_MOST).input_ids)
 
 
 @torch.no_grad()
@@ -142,5 +146,6 @@ ZIMAGE = Family(
     shadows={"patchify_and_embed": pack},
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(written=_written),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims), model.config.rope_theta),
 )

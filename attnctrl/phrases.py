@@ -1,0 +1,127 @@
+"""Where the words of a prompt stand in the text tokens that a model reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import LayoutError, UnsupportedModelError
+
+__all__ = ["Reader", "phrase_spans"]
+
+Span = tuple[int, int]
+"""Tokens [start, stop) of the text sequence."""
+
+
+def _as_it_is(pipe: Any, prompt: str) -> str:
+    return prompt
+
+
+def _at_the_start(pipe: Any) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tokenizer of a pipeline whose tokens stand in the text sequence.
+
+    Attributes:
+        tokenizer: name of the pipeline's component; readers whose component is None are passed over.
+        written: (pipeline, prompt) -> what the tokenizer is given, a template with the prompt in it, say.
+        begin: pipeline -> place of its first token in the text sequence; negative where leading tokens are dropped.
+    """
+
+    tokenizer: str = "tokenizer"
+    written: Callable[[Any, str], str] = _as_it_is
+    begin: Callable[[Any], int] = _at_the_start
+
+
+def phrase_spans(pipe: Any, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[Span, ...]:
+    """The tokens of `phrase` in the encoded `prompt`, for every text encoder that the denoiser reads side by side.
+
+    A phrase is whole words, sought as written and then without regard to case.
+
+    Args:
+        pipe: a pipeline whose family knows its tokenizers.
+        prompt: as the pipeline is given it.
+        phrase: part of the prompt.
+        occurrence: 0 for the first time the phrase occurs, and so on; None for all of them.
+
+    Returns:
+        Spans in the order of the sequence, neighbours joined; places as in the prompt's embeddings
+        (`Layout["text.global"]`).
+
+    Raises:
+        LayoutError: when the prompt does not hold the phrase (as often), or the tokenizer cuts it off.
+        UnsupportedModelError: when the family's or the tokenizer's places are not known.
+    """
+    from .attach import parts_of
+    from .families import family_of
+
+    family = family_of(parts_of(pipe)[0])
+    readers = [reader for reader in family.readers if getattr(pipe, reader.tokenizer, None) is not None]
+    if not readers:
+        raise UnsupportedModelError(
+            f"Where phrases stand is not known for {type(pipe).__name__}; give the phrase a region with a text of its "
+            "own instead."
+        )
+    places = _occurrences(prompt, phrase, occurrence)
+    return tuple(span for reader in readers for span in _read(pipe, reader, prompt, places))
+
+
+def _occurrences(prompt: str, phrase: str, occurrence: int | None) -> list[Span]:
+    """Characters [start, stop) of each place."""
+    words = phrase.strip()
+    pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+    found = [match.span() for match in re.finditer(pattern, prompt)] if words else []
+    if words and not found:
+        found = [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
+    if not found:
+        raise LayoutError(
+            f"The phrase '{phrase}' is not in the prompt '{prompt}'. Give whole words of the prompt, as they are "
+            "written there."
+        )
+    if occurrence is None:
+        return found
+    if not 0 <= occurrence < len(found):
+        raise LayoutError(
+            f"The phrase '{phrase}' occurs {len(found)} time(s) in the prompt '{prompt}'; asked for occurrence "
+            f"{occurrence}, counted from 0."
+        )
+    return [found[occurrence]]
+
+
+def _read(pipe: Any, reader: Reader, prompt: str, places: list[Span]) -> list[Span]:
+    """Spans of tokens that share characters with `places`."""
+    tokenizer = getattr(pipe, reader.tokenizer)
+    if not getattr(tokenizer, "is_fast", False) or tokenizer.padding_side != "right":
+        raise UnsupportedModelError(
+            f"{reader.tokenizer} ({type(tokenizer).__name__}) does not tell where its tokens stand; load one with "
+            "is_fast and padding_side='right'."
+        )
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    if convert is not None and convert(prompt, tokenizer) != prompt:
+        raise UnsupportedModelError(
+            f"The prompt '{prompt}' holds textual inversion tokens, which move the places of its words."
+        )
+    text = reader.written(pipe, prompt)
+    # a template may quote words of the prompt; the prompt itself is its last part
+    first = text.rindex(prompt)
+    limit = tokenizer.model_max_length
+    told = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=limit)["offset_mapping"]
+    spans: list[Span] = []
+    for start, stop in sorted(places):
+        inside = [n for n, (a, b) in enumerate(told) if a < first + stop and b > first + start]
+        reach = max((told[n][1] for n in inside), default=0)
+        if reach < first + stop:
+            raise LayoutError(
+                f"The words '{prompt[start:stop]}' are cut off: {reader.tokenizer} keeps {len(told)} tokens of the "
+                "prompt. Move them to its beginning, or shorten it."
+            )
+        begin = reader.begin(pipe) + inside[0]
+        if spans and spans[-1][1] == begin:
+            begin = spans.pop()[0]
+        spans.append((begin, reader.begin(pipe) + inside[-1] + 1))
+    return spans
