@@ -1,67 +1,182 @@
-"""What controls cost a model that they leave alone: a whole forward with idle controls against one without."""
+"""What controls cost a model that they leave alone, and how many graphs a compiled model needs with them."""
 
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 
 from .attach import attach, parts_of
-from .controls import Isolate, Regions
-from .errors import UnsupportedModelError
+from .controls import Control, Isolate, Regions
 from .execute.bench import interleaved
-from .families import family_of
+from .processors import processors, set_processors
+from .region import Region
 
-__all__ = ["bench_idle"]
+__all__ = ["bench_compile", "bench_idle", "first_forward"]
+
+IDLE = (Isolate(strength=0.0), Regions([]))
 
 
-def bench_idle(pipe: Any, repeats: int = 31, seed: int = 0) -> dict[str, Any]:
-    """Time forwards of a FLUX pipeline's transformer without controls, and of a copy with idle ones attached.
+class _EnoughError(Exception):
+    """The forward that was wanted has been seen."""
+
+
+def first_forward(pipe: Any, **arguments: Any) -> dict[str, Any]:
+    """What the pipeline gives to its denoiser in the first forward of a run, which ends there.
 
     Args:
-        pipe: whose transformer is measured, at a quarter of a megapixel's tokens (1024).
-        repeats: rounds of the interleaved loop, after one round to warm up.
-        seed: of the inputs; the global generator is not touched.
-
-    Returns:
-        {"suite": "idle", "rows": [...]}; a row holds case, tokens, idle_s, vanilla_s (seconds, medians), ratio, and
-        whether the outputs are bit-equal.
-
-    Raises:
-        UnsupportedModelError: for another family, whose inputs are not made here.
+        pipe: any pipeline.
+        arguments: of its call.
     """
     model: Any = parts_of(pipe)[0]
-    if family_of(model).name != "flux":
-        raise UnsupportedModelError(
-            f"bench idle makes inputs for FLUX.1 transformers; found {type(model).__name__}. Name toy-flux or a FLUX.1 "
-            "model."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(32.0), torch.arange(32.0))
+    seen: dict[str, Any] = {}
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(model.device, model.dtype)
+    def keep(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.update({**dict(zip(signature(model.forward).parameters, given, strict=False)), **named})
+        raise _EnoughError
 
-    inputs = {
-        "hidden_states": normal(1, len(grid), model.config.in_channels),
-        "encoder_hidden_states": normal(1, 40, model.config.joint_attention_dim),
-        "pooled_projections": normal(1, model.config.pooled_projection_dim),
-        "timestep": torch.full((1,), 0.5, device=model.device, dtype=model.dtype),
-        "img_ids": grid.to(model.device, model.dtype),
-        "txt_ids": torch.zeros(40, 3, device=model.device, dtype=model.dtype),
-        "return_dict": False,
-    }
+    hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        pipe(**arguments)
+    except _EnoughError:
+        pass
+    finally:
+        hook.remove()
+        pipe.maybe_free_model_hooks()
+    return seen
+
+
+def bench_idle(pipe: Any, size: tuple[int, int], repeats: int = 31, **arguments: Any) -> dict[str, Any]:
+    """Time forwards of a pipeline's denoiser without controls, and of a copy with idle ones attached.
+
+    Args:
+        pipe: any pipeline of a known family; its first forward for one prompt is repeated.
+        size: (width, height) in pixels.
+        repeats: rounds of the interleaved loop, after one round to warm up.
+        arguments: further ones of the pipeline's call.
+
+    Returns:
+        {"suite": "idle", "rows": [...]}; a row holds case, model, size, idle_s, vanilla_s (seconds, medians), ratio,
+        and whether the outputs are bit-equal.
+    """
+    model: Any = parts_of(pipe)[0]
+    inputs = first_forward(pipe, prompt="a red circle", width=size[0], height=size[1], **arguments)
     other = copy.deepcopy(model)
-    with attach(other, [Isolate(strength=0.0), Regions([])]), torch.inference_mode():
+    with attach(other, IDLE), torch.inference_mode():
         equal = torch.equal(model(**inputs)[0], other(**inputs)[0])
         seconds = interleaved({"vanilla": lambda: model(**inputs), "idle": lambda: other(**inputs)}, repeats)
     row = {
         "case": "attached, idle",
-        "tokens": len(grid) + 40,
+        "model": type(model).__name__,
+        "size": list(size),
         "idle_s": seconds["idle"],
         "vanilla_s": seconds["vanilla"],
         "ratio": seconds["idle"] / seconds["vanilla"],
         "bit_equal": equal,
     }
     return {"suite": "idle", "rows": [row]}
+
+
+@contextmanager
+def _swapped(pipe: Any, controls: Sequence[Control]) -> Iterator[None]:
+    """The processors door, for the length of a `with`."""
+    model: Any = parts_of(pipe)[0]
+    before = {f"{name}.processor": one.processor for name, one in model.named_modules() if hasattr(one, "processor")}
+    set_processors(model, processors(pipe, controls))
+    try:
+        yield
+    finally:
+        set_processors(model, before)
+
+
+DOORS: Mapping[str, Callable[[Any, Sequence[Control]], AbstractContextManager[Any]]] = {
+    "attach": attach,
+    "processors": _swapped,
+}
+
+
+def bench_compile() -> dict[str, Any]:
+    """Count the graphs of compiled tiny models: FLUX with 6 + 6 blocks and SD3, whole and by repeated blocks.
+
+    Returns:
+        {"suite": "compile", "rows": [...]}; a row holds case, door, and numbers of full graphs: vanilla (the plain
+        model alone), controlled (the model alone, under `Regions` and `Isolate`), idle (more of them when idle controls
+        come to a plain model that is compiled), strength (more of them when the strength of soft controls changes), off
+        (more of them when all controls have left and a plain forward has been compiled before).
+    """
+    rows = []
+    for case, make, how in _compiled_cases():
+        for door, put in DOORS.items():
+            rows.append({"case": case, "door": door, **_graphs(make, how, put)})
+    return {"suite": "compile", "rows": rows}
+
+
+def _compiled_cases() -> list[tuple[str, Callable[[], Any], str]]:
+    from .toybox.models.flux import FluxSizes, flux_pipeline
+    from .toybox.models.sd3 import SD3Sizes, sd3_pipeline
+
+    flux = FluxSizes(heads=2, head_dim=16, axes=(4, 6, 6), double_blocks=6, single_blocks=6, text_width=32)
+    sd3 = SD3Sizes(heads=2, head_dim=16, blocks=4, text_width=32)
+    return [
+        ("FLUX 6 + 6, repeated blocks", lambda: flux_pipeline(flux), "compile_repeated_blocks"),
+        ("FLUX 6 + 6, whole", lambda: flux_pipeline(flux), "compile"),
+        ("SD3 with a dual block, whole", lambda: sd3_pipeline(sd3), "compile"),
+    ]
+
+
+def _graphs(make: Callable[[], Any], how: str, put: Callable[..., AbstractContextManager[Any]]) -> dict[str, int]:
+    from torch._dynamo.testing import CompileCounter
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"prompt": "a red circle", "max_sequence_length": 8, "width": 64, "height": 64}
+    plain = parts_of(pipe)[0]
+    inputs = first_forward(pipe, num_inference_steps=1, guidance_scale=1.0, **arguments)
+    boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+    regions = [Region(word, box=box) for word, box in zip(("a red circle", "a blue star"), boxes, strict=True)]
+
+    def controls(strength: float) -> list[Control]:
+        return [Regions(regions, strength=strength), Isolate()]
+
+    counter: Any = CompileCounter()
+
+    def fresh() -> nn.Module:
+        nonlocal counter
+        # compiled code depends on which models are under control; processors leave theirs when they are collected
+        gc.collect()
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model: Any = copy.deepcopy(plain)
+        getattr(model, how)(backend=counter, fullgraph=True)
+        pipe.register_modules(transformer=model)
+        return model
+
+    def more(model: nn.Module, given: Sequence[Control] | None = None) -> int:
+        before = counter.frame_count
+        if given is None:
+            model(**inputs)
+        else:
+            with put(pipe, given):
+                model(**inputs)
+        return int(counter.frame_count - before)
+
+    with torch.no_grad():
+        model = fresh()
+        found = {"vanilla": more(model), "idle": more(model, IDLE)}
+        more(model, controls(1.0))
+        found["off"] = more(model)
+        model = fresh()
+        found["controlled"] = more(model, controls(1.0))
+        model = fresh()
+        more(model, controls(0.5))
+        found["strength"] = sum(more(model, controls(strength)) for strength in (0.7, 0.3))
+    torch._dynamo.reset()
+    return found

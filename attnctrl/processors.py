@@ -8,7 +8,6 @@ all else is the same code. Setting the original processors again takes everythin
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -176,7 +175,8 @@ def _signed(kind: type[ControlledAttnProcessor], original: type) -> type[Control
         def __call__(self: ControlledAttnProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return kind.__call__(self, attn, *args, **kwargs)
 
-        __call__.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined]
+        # not __signature__: a stored one cannot be read in a full graph whose keyword arguments were changed before
+        __call__.__wrapped__ = original.__call__  # type: ignore[attr-defined]
         names = ("__doc__", "__module__", "__qualname__")
         body = {"__call__": __call__, **{name: getattr(kind, name) for name in names}}
         _SIGNED[kind, original] = type(kind.__name__, (kind,), body)

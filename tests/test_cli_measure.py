@@ -8,10 +8,11 @@ import sys
 import types
 
 import pytest
-import tiny
+import tiny_pipes
 
 from attnctrl import provenance
-from attnctrl.errors import UnsupportedModelError
+from attnctrl.attach import parts_of
+from attnctrl.toybox.models import flux
 
 RESULT = {
     "suite": "layout", "model": "toy-flux", "n": 3, "seconds": 1.25,
@@ -91,19 +92,42 @@ def test_bench_prints_the_rows(call, monkeypatch):
     ]  # fmt: skip
 
 
-def test_bench_idle_measures_a_forward_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("make", [flux.tiny_pipeline, tiny_pipes.sd, tiny_pipes.sd3], ids=["flux", "sd", "sd3"])
+def test_bench_idle_measures_a_forward_with_the_same_bits(make):
     from attnctrl.bench import bench_idle
     from attnctrl.cli.bench import idle_table
-    from attnctrl.toybox.models.flux import tiny_pipeline
 
-    with pytest.raises(UnsupportedModelError, match=r"FLUX\.1 transformers; found UNet2DConditionModel"):
-        bench_idle(tiny.unet())
-    (row,) = bench_idle(tiny_pipeline(), repeats=1)["rows"]
+    pipe = make()
+    (row,) = bench_idle(pipe, (32, 16), repeats=1)["rows"]
     assert row["bit_equal"]
-    assert row["tokens"] == 32 * 32 + 40
     assert row["ratio"] == pytest.approx(row["idle_s"] / row["vanilla_s"])
     cells = [next(iter(column.cells)) for column in idle_table({"rows": [row]}).columns]
-    assert cells[:2] == ["attached, idle", "1064"]
+    assert cells[:3] == ["attached, idle", type(parts_of(pipe)[0]).__name__, "32 x 16"]
+
+
+def test_first_forward_is_what_the_pipeline_gives_its_denoiser():
+    from attnctrl.bench import first_forward
+
+    pipe = tiny_pipes.sd()
+    seen = first_forward(pipe, prompt="a red circle", width=32, height=16, guidance_scale=3.0)
+    assert {"sample", "timestep", "encoder_hidden_states"} <= set(seen)
+    factor = pipe.vae_scale_factor
+    assert seen["sample"].shape == (2, 4, 16 // factor, 32 // factor)
+    assert not pipe.unet._forward_pre_hooks
+    # a run follows as if nothing had been
+    assert pipe("a red circle", width=32, height=16, num_inference_steps=1).images
+
+
+@pytest.mark.slow
+def test_compiled_models_need_no_more_graphs_with_controls(call):
+    """FLUX 6 + 6 and SD3, through both doors; another strength compiles nothing."""
+    code, out, _ = call("bench", "compile", "--format", "json")
+    rows = json.loads(out)["rows"]
+    assert (code, len(rows)) == (0, 6)
+    for row in rows:
+        assert 1 <= row["controlled"] <= row["vanilla"]
+        assert (row["strength"], row["off"]) == (0, 0)
+    assert all(row["idle"] == 0 for row in rows if row["door"] == "processors")
 
 
 def test_env_names_versions_devices_and_backends(call):

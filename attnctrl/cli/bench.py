@@ -51,19 +51,50 @@ def idle(
     from attnctrl.pipelines.models import find_model, load_pipeline
 
     hush()
-    result = bench_idle(load_pipeline(find_model(model), torch.float32, "cpu"))
+    found = find_model(model)
+    # three times the model's own size in each direction, as users of real ones have more tokens
+    width, height = (3 * side for side in found.defaults.get("size", (336, 336)))
+    result = bench_idle(load_pipeline(found, torch.float32, "cpu"), (width // 16 * 16, height // 16 * 16))
     lines = [f"{row['case']}\t{row['ratio']:.3f}\t{row['bit_equal']}" for row in result["rows"]]
     emit(form, result, lambda: idle_table(result), lines)
+
+
+@app.command("compile")
+def compile_(form: FormatOption = Format.human) -> None:
+    """Count the graphs of compiled models with and without controls.
+
+    Example:
+
+      attnctrl bench compile --format json
+    """
+    from attnctrl.bench import bench_compile
+
+    hush()
+    result = bench_compile()
+    lines = [f"{row['case']}\t{row['door']}\t{row['vanilla']}\t{row['controlled']}" for row in result["rows"]]
+    emit(form, result, lambda: compile_table(result), lines)
+
+
+def compile_table(result: Mapping[str, Any]) -> Table:
+    """The rows for people."""
+    from rich.table import Table
+
+    columns = ("vanilla", "controlled", "idle", "strength", "off")
+    shown = Table("case", "door", *columns, title="full graphs; idle, strength and off are those that come on top")
+    for row in result["rows"]:
+        shown.add_row(row["case"], row["door"], *(str(row[name]) for name in columns))
+    return shown
 
 
 def idle_table(result: Mapping[str, Any]) -> Table:
     """The rows for people."""
     from rich.table import Table
 
-    shown = Table("case", "tokens", "idle", "vanilla", "ratio", "bit-equal", title="whole forward, seconds")
+    shown = Table("case", "model", "size", "idle", "vanilla", "ratio", "bit-equal", title="whole forward, seconds")
     for row in result["rows"]:
         times = (f"{row[name]:.4f}" for name in ("idle_s", "vanilla_s"))
-        shown.add_row(row["case"], str(row["tokens"]), *times, f"{row['ratio']:.3f}", str(row["bit_equal"]))
+        size = " x ".join(map(str, row["size"]))
+        shown.add_row(row["case"], row["model"], size, *times, f"{row['ratio']:.3f}", str(row["bit_equal"]))
     return shown
 
 
