@@ -36,8 +36,8 @@ def bench_execute(
     """Time the automatic plan of each case.
 
     Args:
-        tokens: size of the largest case, four references in four quadrants (8704 is 1024 x 1024 px with 512 x 512
-            references).
+        tokens: of four references in four quadrants (8704 is 1024 x 1024 px with 512 x 512 references), and
+            the measure of all other cases.
         repeats: rounds of the interleaved loop, after one round to warm up.
         cases: names out of `CASES`; None means all.
         seed: of the inputs; the global generator is not touched.
@@ -51,15 +51,17 @@ def bench_execute(
     return {"suite": "execute", "rows": rows}
 
 
-def lamic(tokens: int, boxes: Sequence[tuple[float, float, float, float]], *, isolate_regions: bool) -> Visibility:
+def lamic(
+    tokens: int, boxes: Sequence[tuple[float, float, float, float]], *, isolate_regions: bool, large: bool = False
+) -> Visibility:
     """LAMIC's visibility for one text, one region and one reference per box; phase A isolates regions from each
     other, B does not.
 
     Sequence [S_1..S_N, scene sentence, padding | noise | F_1..F_N], sizes in FLUX's proportions: of 8704 tokens with
-    four references, 4096 are noise and 1024 each reference.
+    four references, 4096 are noise and 1024 each reference; `large` references have 4096 as well.
     """
     side = max(4, round((tokens * 4096 / 8704) ** 0.5 / 2) * 2)
-    reference = (side // 2) ** 2
+    reference = side**2 if large else (side // 2) ** 2
     text = max(8 * (len(boxes) + 2), side * side // 8)
     segment = text // 20
     names = [kind + str(i) for kind in "SRF" for i in range(len(boxes))] + ["C", "P", "U"]
@@ -112,7 +114,12 @@ CASES: dict[str, Callable[[int], Visibility]] = {
     "four references, phase A": lambda tokens: lamic(tokens, _QUADRANTS, isolate_regions=True),
     "four references, phase B": lambda tokens: lamic(tokens, _QUADRANTS, isolate_regions=False),
     "two halves, phase A": lambda tokens: lamic(tokens, _HALVES, isolate_regions=True),
+    "two halves, phase B": lambda tokens: lamic(tokens, _HALVES, isolate_regions=False),
     "two boxes and free area, phase A": lambda tokens: lamic(tokens, _BOXES, isolate_regions=True),
+    "two boxes and free area, phase B": lambda tokens: lamic(tokens, _BOXES, isolate_regions=False),
+    # at half the size, as they would have 20992 tokens
+    "four large references, phase A": lambda tokens: lamic(tokens // 2, _QUADRANTS, isolate_regions=True, large=True),
+    "four large references, phase B": lambda tokens: lamic(tokens // 2, _QUADRANTS, isolate_regions=False, large=True),
     "regional text": regional_text,
 }
 
