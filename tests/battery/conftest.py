@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many cases the battery held: tests of every control, family and door, and all that stand in this folder."""
+    ran = [one for kind in ("passed", "failed", "error") for one in terminalreporter.stats.get(kind, ())]
+    here = [one.nodeid for one in ran if getattr(one, "when", "") == "call" and "tests/battery/" in one.nodeid]
+    if here:
+        core = sum("test_battery.py" in one for one in here)
+        terminalreporter.write_line(f"battery: {len(here)} cases, {core} of them every control x every family x both doors")
 
 
 @pytest.fixture(autouse=True)
