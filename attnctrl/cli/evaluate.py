@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,13 +16,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+class Split(str, Enum):
+    """Tasks to choose settings on, and tasks to report on."""
+
+    test = "test"
+    tune = "tune"
+
+
 def evaluate(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="What to measure: layout, model, ...")],
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE",
+            help="What to measure: model, layout, isolation, references, subjects, reposition, style, guidance.",
+        ),
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
     seeds: Annotated[int, typer.Option(min=1, max=100_000, help="Pairs of pictures.")] = 64,
     variants: Annotated[
-        bool, typer.Option("--variants", help="Layout: also without isolation, and with isolation that never ends.")
+        bool, typer.Option("--variants", help="Also the suite's variants, such as isolation that never ends.")
     ] = False,
+    split: Annotated[
+        Split, typer.Option(help="Which tasks: settings are chosen on tune and reported on test.")
+    ] = Split.test,
+    rows: Annotated[bool, typer.Option("--rows", help="With --format json: the values of every task too.")] = False,
+    grid: Annotated[Path | None, typer.Option("--grid", help="A PNG of the first pictures, to look at.")] = None,
     form: FormatOption = Format.human,
 ) -> None:
     """Measure what control does: every metric without and with it, the difference and its 95 % interval.
@@ -28,18 +49,22 @@ def evaluate(
 
       attnctrl eval layout --model toy-flux --seeds 64 --format json
     """
-    from attnctrl.toybox.suites import SUITES
+    from attnctrl.files import write_png
+    from attnctrl.toybox.suite import Options
+    from attnctrl.toybox.suites import PAIRED, SUITES
 
     if suite not in SUITES:
         from attnctrl.scenecheck import nearest
 
         raise typer.BadParameter(f"no suite '{suite}'; {nearest(suite, SUITES)}", param_hint="SUITE")
-    if variants and suite != "layout":
-        raise typer.BadParameter(f"suite '{suite}' has no variants; layout has", param_hint="--variants")
-    options = {"variants": True} if variants else {}
+    if variants and not (suite in PAIRED and PAIRED[suite].variants):
+        having = ", ".join(name for name, one in PAIRED.items() if one.variants)
+        raise typer.BadParameter(f"suite '{suite}' has no variants; these have: {having}", param_hint="--variants")
     hush()
+    save = None if grid is None else partial(write_png, grid)
+    options = Options(split=split.value, variants=variants, rows=rows, grid=save)
     with progress_bar(f"eval {suite}", form) as advance:
-        result = SUITES[suite](model, seeds, advance, **options)
+        result = SUITES[suite](model, seeds, advance, options)
     emit(form, result, lambda: table(result), _lines(result))
 
 

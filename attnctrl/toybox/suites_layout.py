@@ -1,66 +1,67 @@
-"""`attnctrl eval layout`: two subjects in two boxes, the plain prompt against boxes, on the same seeds."""
+"""`attnctrl eval layout` and `isolation`: two told subjects in two boxes, the plain prompt against boxes, same seeds.
+
+In `layout` the subjects differ in shape and colour and stand apart. In `isolation` they share their shape and stand
+close together, so that what is told of one runs into the other.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import attnctrl
-from attnctrl.metrics import background_similarity, fill_ratio, inclusion_ratio, metric, result, seam
-from attnctrl.metrics.stats import Better
+from attnctrl.metrics import background_similarity, fill_ratio, inclusion_ratio, seam
+from attnctrl.metrics.layout import pixel_box
 from attnctrl.region import Region, membership
 
 from . import world
+from .data import TOKEN_PIXELS
 from .scorer import Expected, Reading, agrees, match, read_picture
 from .scorer_color import COLOR_NAMES
-from .suites_run import Counter, Progress, Runner
+from .suite import Fields, Images, Picture, Suite
 
 Box = tuple[float, float, float, float]
 
-CONTROL: dict[str, dict[str, Any]] = {"isolate": {"window": (0.0, 0.5), "background": "shared"}, "regions": {}}
-"""What acts in the suite: fields of each control. Isolation ends half-way, so that seams can heal."""
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+CONTROLS: Fields = {"isolate": {"window": (0.0, 0.5), "background": "shared"}, "regions": {}}
+"""What acts: isolation ends half-way, so that seams can heal."""
+VARIANTS: dict[str, Fields] = {
     "regions_only": {"regions": {}},
     "parted_always": {"isolate": {"background": "isolated"}, "regions": {}},
 }
 """What else can be measured: without isolation, and with regions and background parted from start to end."""
-BOX = 0.42
+BOX, CLOSE_BOX = 0.42, 0.36
 _SLACK = 0.04
 """How far a box may lie from the middle of its half of the canvas."""
-HELD_OUT = 77_100_019
-BETTER: dict[str, Better] = {
-    "inclusion_ratio": "higher",
-    "binding": "higher",
-    "presence": "higher",
-    "placement": "higher",
-    "fill_ratio": "higher",
-    "background_similarity": "higher",
-    "seam": "lower",
-}
+_SIDE_BY_SIDE = (((0.25, 0.5), (0.75, 0.5)), ((0.5, 0.25), (0.5, 0.75)))
+_CORNERS = (((0.25, 0.25), (0.75, 0.75)), ((0.75, 0.25), (0.25, 0.75)))
+_CLOSE = (((0.31, 0.5), (0.69, 0.5)), ((0.5, 0.31), (0.5, 0.69)))
 
 
 @dataclass(frozen=True)
 class Task:
-    """Two told subjects, (shape, colour) each, their boxes, and the prompt that names them and their places."""
+    """Two told subjects, (shape, colour, pattern or None) each, their boxes, and the ground."""
 
-    subjects: tuple[tuple[str, str], ...]
+    subjects: tuple[tuple[str, str, str | None], ...]
     boxes: tuple[Box, ...]
     background: str
-    seed: int
 
     @property
     def phrases(self) -> list[str]:
-        """The subjects in words, as the world's captions tell them: "a red circle top left"."""
+        """The subjects in words, as the world's captions tell them: "a dotted red circle top left"."""
         pairs = zip(self.subjects, self.boxes, strict=True)
-        return [f"a {color} {shape} {_place(box)}" for (shape, color), box in pairs]
+        return [
+            " ".join(filter(None, ("a", pattern, color, shape, _place(box)))) for (shape, color, pattern), box in pairs
+        ]
 
     @property
     def prompt(self) -> str:
         return ", ".join([*self.phrases, f"{self.background} background"])
+
+    @property
+    def expected(self) -> list[Expected]:
+        return [Expected(*subject) for subject in self.subjects]
 
     @property
     def regions(self) -> list[Region]:
@@ -69,19 +70,27 @@ class Task:
         return [Region(text, box=box) for text, box in zip(texts, self.boxes, strict=True)]
 
 
-def sample_task(index: int) -> Task:
-    """Task `index`: different shapes and colours, boxes side by side, one above the other, or at opposite corners."""
-    rng = np.random.default_rng([HELD_OUT, index])
+def sample_layout(rng: np.random.Generator) -> Task:
+    """Different shapes and colours, boxes side by side, one above the other, or at opposite corners."""
     shapes = rng.choice(world.SHAPES, 2, replace=False)
     colors = rng.choice(list(world.COLORS), 2, replace=False)
-    a, b = ((0.25, 0.5), (0.75, 0.5)), ((0.5, 0.25), (0.5, 0.75))
-    arrangements = (a, b, ((0.25, 0.25), (0.75, 0.75)), ((0.75, 0.25), (0.25, 0.75)))
+    subjects = tuple((str(s), str(c), None) for s, c in zip(shapes, colors, strict=True))
+    return _task(rng, subjects, (*_SIDE_BY_SIDE, *_CORNERS), BOX, _SLACK)
+
+
+def sample_isolation(rng: np.random.Generator) -> Task:
+    """One shape, different colours and patterns, boxes that nearly touch."""
+    shape = str(rng.choice(world.SHAPES))
+    colors = rng.choice(list(world.COLORS), 2, replace=False)
+    patterns = rng.choice(world.PATTERNS, 2, replace=False)
+    subjects = tuple((shape, str(c), str(p)) for c, p in zip(colors, patterns, strict=True))
+    return _task(rng, subjects, _CLOSE, CLOSE_BOX, 0.0)
+
+
+def _task(rng: np.random.Generator, subjects: Any, arrangements: Any, side: float, slack: float) -> Task:
     centers = arrangements[int(rng.integers(len(arrangements)))]
-    order = rng.permutation(2)
-    boxes = tuple(_box(*centers[i], rng) for i in order)
-    background = str(rng.choice(list(world.BACKGROUNDS)))
-    subjects = tuple((str(s), str(c)) for s, c in zip(shapes, colors, strict=True))
-    return Task(subjects, boxes, background, HELD_OUT + index)
+    boxes = tuple(_box(centers[i], side, rng.uniform(-slack, slack, 2)) for i in rng.permutation(2))
+    return Task(subjects, boxes, str(rng.choice(list(world.BACKGROUNDS))))
 
 
 def _place(box: Box) -> str:
@@ -89,85 +98,84 @@ def _place(box: Box) -> str:
     return world.WorldSubject("circle", "red", "solid", x, y, BOX / 2).place_word
 
 
-def _box(x: float, y: float, rng: np.random.Generator) -> Box:
-    dx, dy = rng.uniform(-_SLACK, _SLACK, 2)
-    half = BOX / 2
+def _box(center: tuple[float, float], side: float, moved: np.ndarray) -> Box:
     # 0.25 - 0.21 - 0.04 = 0: the box stays on the canvas, up to rounding.
-    x0, y0 = (float(np.clip(v - half, 0, 1 - BOX)) for v in (x + dx, y + dy))
-    return (x0, y0, x0 + BOX, y0 + BOX)
+    x0, y0 = (float(np.clip(v - side / 2, 0, 1 - side)) for v in (center[0] + moved[0], center[1] + moved[1]))
+    return (x0, y0, x0 + side, y0 + side)
 
 
-def layout_suite(model: str, seeds: int, progress: Progress | None = None, *, variants: bool = False) -> dict[str, Any]:
-    """Without against with `CONTROL`, `seeds` pairs of pictures.
+def _pictures(task: Task, seed: int) -> list[Picture]:
+    return [Picture(task.prompt, seed, task.regions)]
 
-    `inclusion_ratio`, `fill_ratio`, `background_similarity`, `seam`: see `attnctrl.metrics`; the vanilla background is
-    compared with itself. `presence`: share of told subjects that have a found one of their colour, each its own;
-    `binding`: of their colour and shape, wherever it is; `placement`: and its centre lies in the box.
-    With `variants`, the same metrics of `VARIANTS`, as "<variant>.<metric>".
+
+def layout_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
+    """`inclusion_ratio`, `fill_ratio`, `background_similarity`, `seam`: see `attnctrl.metrics`; the vanilla background
+    is compared with itself. `presence`: share of told subjects that have a found one of their colour, each its own;
+    `binding`: of all that is told of them, wherever they are; `placement`: and their centre lies in the box.
     """
-    return measure_layout(Runner.load(model), model, seeds, progress, variants=variants)
-
-
-def measure_layout(
-    runner: Runner, model: str, seeds: int, progress: Progress | None = None, *, variants: bool = False
-) -> dict[str, Any]:
-    """As `layout_suite`, on a loaded pipeline."""
-    begin = time.monotonic()
-    tasks = [sample_task(index) for index in range(seeds)]
-    settings = {"": CONTROL, **({f"{name}.": value for name, value in VARIANTS.items()} if variants else {})}
-    tick = Counter((1 + len(settings)) * seeds, progress)
-    plain = _draw(runner, tasks, None, tick)
-    vanilla = [task_values(t, image, image, runner.grid) for t, image in zip(tasks, plain, strict=True)]
-    metrics = {}
-    for prefix, controls in settings.items():
-        images = _draw(runner, tasks, controls, tick)
-        steered = [task_values(t, i, p, runner.grid) for t, i, p in zip(tasks, images, plain, strict=True)]
-        for name, better in BETTER.items():
-            metrics[prefix + name] = metric([v[name] for v in vanilla], [v[name] for v in steered], better)
-    return result("layout", model, seeds, time.monotonic() - begin, metrics)
-
-
-def build_controls(fields: Mapping[str, Mapping[str, Any]], tasks: list[Task]) -> list[attnctrl.Control]:
-    """Controls for a batch of tasks, each sample with the regions of its own task."""
-    regions = {"regions": [task.regions for task in tasks]}
-    kinds: dict[str, Callable[..., attnctrl.Control]] = {"isolate": attnctrl.Isolate, "regions": attnctrl.Regions}
-    return [kinds[name](**values, **(regions if name == "regions" else {})) for name, values in fields.items()]
-
-
-def _draw(
-    runner: Runner, tasks: list[Task], fields: Mapping[str, Mapping[str, Any]] | None, tick: Counter
-) -> list[np.ndarray]:
-    def around(start: int, stop: int) -> Any:
-        return attnctrl.attach(runner.pipe, build_controls(fields or {}, tasks[start:stop]))
-
-    prompts, seeds = [t.prompt for t in tasks], [t.seed for t in tasks]
-    return runner.draw(prompts, seeds, around if fields else None, tick)
-
-
-def task_values(task: Task, image: np.ndarray, plain: np.ndarray, grid: tuple[int, int]) -> dict[str, float]:
-    """All metrics of one picture; `plain` is the picture of the same seed without control, `grid` the image tokens."""
+    (image,), (other,) = images, plain
     reading = read_picture(image)
-    wanted = [COLOR_NAMES.index(color) for _, color in task.subjects]
+    wanted = [COLOR_NAMES.index(color) for _, color, _ in task.subjects]
     return {
         "inclusion_ratio": inclusion_ratio(reading.colors, task.boxes, wanted),
         "fill_ratio": fill_ratio(reading.colors, task.boxes, wanted),
-        "background_similarity": background_similarity(plain, image, task.boxes),
-        "seam": seam(image, _token_regions(task, grid, image.shape[:2]), _not_ground(reading)),
+        "background_similarity": background_similarity(other, image, task.boxes),
+        "seam": seam(image, _token_regions(task, image.shape[:2]), _not_ground(reading)),
         **subject_values(task, reading),
     }
 
 
 def subject_values(task: Task, reading: Reading) -> dict[str, float]:
     """`presence`, `binding` and `placement`: shares of the told subjects."""
-    expected = [Expected(shape, color) for shape, color in task.subjects]
     present, bound, placed = [], [], []
-    for want, box, found in zip(expected, task.boxes, match(expected, reading.subjects), strict=True):
+    for want, box, found in zip(task.expected, task.boxes, match(task.expected, reading.subjects), strict=True):
         right = agrees(want, found)
         x, y = found.center if found else (-1.0, -1.0)
         present.append(found is not None and found.color == want.color)
         bound.append(right)
         placed.append(right and box[0] <= x <= box[2] and box[1] <= y <= box[3])
     return {name: float(np.mean(v)) for name, v in (("presence", present), ("binding", bound), ("placement", placed))}
+
+
+def isolation_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
+    """The leakage matrix of two subjects, each row of which is one box: `own`, the share of its coloured pixels that
+    have its subject's colour, `leak`, that of the other subject's; `pattern_leak`: share of subjects that are seen with
+    the other's pattern.
+    """
+    (image,) = images
+    reading = read_picture(image)
+    own, leak = np.diagonal(matrix := leakage(reading, task)), matrix[[0, 1], [1, 0]]
+    seen = match([Expected(color=color) for _, color, _ in task.subjects], reading.subjects)
+    patterns = [pattern for _, _, pattern in task.subjects]
+    taken = [found is not None and found.pattern == other for found, other in zip(seen, patterns[::-1], strict=True)]
+    layout = layout_values(task, images, plain)
+    kept = {name: layout[name] for name in ("inclusion_ratio", "binding", "background_similarity", "seam")}
+    return {"own": float(own.mean()), "leak": float(leak.mean()), "pattern_leak": float(np.mean(taken)), **kept}
+
+
+def leakage(reading: Reading, task: Task) -> np.ndarray:
+    """[2, 2]: of the coloured pixels in box i, the share that has the colour of subject j; zeros for an empty box."""
+    rows = []
+    for box in task.boxes:
+        inside = reading.colors[pixel_box(box, *reading.colors.shape)]
+        coloured = max(1, int((inside >= 0).sum()))
+        rows.append([(inside == COLOR_NAMES.index(color)).sum() / coloured for _, color, _ in task.subjects])
+    return np.array(rows, dtype=float)
+
+
+def fidelity(task: Task, images: Images) -> float:
+    """Share of the told attributes, subjects' and ground's, that are found where nothing says where they should be."""
+    reading = read_picture(images[0])
+    return told_share(task.expected, task.background, reading)
+
+
+def told_share(expected: Sequence[Expected], background: str, reading: Reading) -> float:
+    """Share of the told shapes, colours, patterns and of the ground that a picture shows, each subject matched once."""
+    right = [reading.background == background]
+    for want, found in zip(expected, match(expected, reading.subjects), strict=True):
+        pairs = [(getattr(want, name), getattr(found, name, None)) for name in ("shape", "color", "pattern")]
+        right += [told == seen for told, seen in pairs if told is not None]
+    return float(np.mean(right))
 
 
 def _not_ground(reading: Reading) -> np.ndarray:
@@ -177,7 +185,46 @@ def _not_ground(reading: Reading) -> np.ndarray:
     return mask
 
 
-def _token_regions(task: Task, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
+def _token_regions(task: Task, size: tuple[int, ...]) -> np.ndarray:
     """Pixels bool [N, H, W] of the tokens that belong to each region."""
+    grid = (size[0] // TOKEN_PIXELS, size[1] // TOKEN_PIXELS)
     member = np.asarray(membership(task.regions, grid)).astype(bool).reshape(len(task.boxes), *grid)
-    return member.repeat(size[0] // grid[0], axis=1).repeat(size[1] // grid[1], axis=2)
+    return member.repeat(TOKEN_PIXELS, axis=1).repeat(TOKEN_PIXELS, axis=2)
+
+
+LAYOUT = Suite(
+    name="layout",
+    sample=sample_layout,
+    pictures=_pictures,
+    values=layout_values,
+    better={
+        "inclusion_ratio": "higher",
+        "binding": "higher",
+        "presence": "higher",
+        "placement": "higher",
+        "fill_ratio": "higher",
+        "background_similarity": "higher",
+        "seam": "lower",
+    },
+    fidelity=fidelity,
+    controls=CONTROLS,
+    variants=VARIANTS,
+)
+ISOLATION = Suite(
+    name="isolation",
+    sample=sample_isolation,
+    pictures=_pictures,
+    values=isolation_values,
+    better={
+        "own": "higher",
+        "leak": "lower",
+        "pattern_leak": "lower",
+        "inclusion_ratio": "higher",
+        "binding": "higher",
+        "background_similarity": "higher",
+        "seam": "lower",
+    },
+    fidelity=fidelity,
+    controls=CONTROLS,
+    variants=VARIANTS,
+)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
@@ -69,12 +71,21 @@ class Runner:
         token = 2 * self.pipe.vae_scale_factor
         return self.size[1] // token, self.size[0] // token
 
+    def with_batch(self, batch: int) -> Runner:
+        """The same with `batch` pictures at once."""
+        return replace(self, batch=batch)
+
+    def with_steps(self, steps: int) -> Runner:
+        """The same with so many denoising steps."""
+        return replace(self, steps=steps)
+
     def draw(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
         around: Decorate | None = None,
         progress: Callable[[int], None] | None = None,
+        references: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """Pictures uint8 [H, W, 3], one for each prompt; each starts from its own seed whatever the batch.
 
@@ -82,11 +93,16 @@ class Runner:
             prompts, seeds: equally many.
             around: makes a context manager for the pictures [start, stop) of a batch, for controls.
             progress: called after every batch with the number of pictures it held.
+            references: a reference picture uint8 [h, w, 3] for each prompt, for models that follow one.
+
+        Raises:
+            UnsupportedModelError: References for a model that follows none.
         """
         import torch
 
         images: list[np.ndarray] = []
-        accepted = signature(type(self.pipe).__call__).parameters
+        pipe = self.pipe if references is None else self._with_references()
+        accepted = signature(type(pipe).__call__).parameters
         scale = self.true_cfg_scale if "true_cfg_scale" in accepted else self.guidance_scale
         for start in range(0, len(prompts), self.batch):
             stop = min(start + self.batch, len(prompts))
@@ -103,16 +119,30 @@ class Runner:
                 "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:stop]],
                 "output_type": "np",
             }
+            if references is not None:
+                shown = [Image.fromarray(one) for one in references[start:stop]]
+                area = self.size[0] * self.size[1]
+                arguments |= {"image": shown, "max_area": area, "_auto_resize": False}
             arguments = {name: value for name, value in arguments.items() if name in accepted}
-            if around is None:
-                drawn = self.pipe(**arguments).images
-            else:
-                with around(start, stop):
-                    drawn = self.pipe(**arguments).images
+            with around(start, stop) if around is not None else nullcontext():
+                drawn = pipe(**arguments).images
             images.extend(np.rint(np.clip(drawn, 0, 1) * 255).astype(np.uint8))
             if progress is not None:
                 progress(stop - start)
         return images
+
+    def _with_references(self) -> Any:
+        from diffusers import FluxKontextPipeline, FluxPipeline
+
+        from attnctrl.errors import UnsupportedModelError
+
+        if not isinstance(self.pipe, FluxPipeline):
+            raise UnsupportedModelError(
+                f"Reference pictures are shown to FLUX Kontext; found {type(self.pipe).__name__}. Name toy-flux."
+            )
+        pipe = FluxKontextPipeline(**self.pipe.components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
 
 class Counter:

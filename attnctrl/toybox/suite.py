@@ -1,0 +1,251 @@
+"""The one way in which a suite is measured: tasks, pictures without and with control on the same seeds, values.
+
+A suite is data (`Suite`). `measure` draws its pictures, also of the variants, and compares; every result says as well
+what gets worse: prompt fidelity, diversity, time and memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+from PIL import Image
+
+import attnctrl
+from attnctrl.metrics import metric, result
+from attnctrl.metrics.memory import peak_bytes
+from attnctrl.metrics.stats import Better, Metric
+from attnctrl.region import Region
+
+from .suites_run import Counter, Progress, Runner
+
+Split = Literal["test", "tune"]
+Fields = Mapping[str, Mapping[str, Any]]
+"""What acts: names of controls and their fields. What belongs to a task, its regions, comes on top."""
+Images = Sequence[np.ndarray]
+T = TypeVar("T")
+
+HELD_OUT = 77_000_000
+"""Seeds from here on are those of suites; training draws from smaller ones."""
+SPLITS: Mapping[str, int] = {"tune": 100_019, "test": 200_033}
+"""First number of each split. Settings are chosen on "tune" and reported on "test"."""
+COMMON: Mapping[str, Better] = {"prompt_fidelity": "higher", "diversity": "higher"}
+"""What every suite measures of its pictures beside its own metrics."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a task: what to draw, from which seed, where, and the reference picture that it is shown."""
+
+    prompt: str
+    seed: int
+    regions: Sequence[Region] = ()
+    reference: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Suite(Generic[T]):
+    """What is measured.
+
+    Attributes:
+        name: as in `attnctrl eval`.
+        sample: random generator -> a task. The same generator gives the same task.
+        pictures: (task, its seed) -> the pictures it wants, for all tasks equally many.
+        values: (task, images, images of the same seeds without control) -> a value for each metric.
+        better: the direction of each of these metrics.
+        fidelity: (task, images) -> how much of the prompts they show, in [0, 1].
+        whole: (tasks, images of each) -> one value for all of them, for metrics of whole sets of pictures.
+        controls: what acts.
+        variants: what else can be measured.
+    """
+
+    name: str
+    sample: Callable[[np.random.Generator], T]
+    pictures: Callable[[T, int], Sequence[Picture]]
+    values: Callable[[T, Images, Images], dict[str, float]]
+    better: Mapping[str, Better]
+    fidelity: Callable[[T, Images], float]
+    whole: Mapping[str, tuple[Better, Callable[[Sequence[T], Sequence[Images]], float]]] = field(default_factory=dict)
+    controls: Fields = field(default_factory=dict)
+    variants: Mapping[str, Fields] = field(default_factory=dict)
+
+    def task(self, split: Split, index: int) -> tuple[T, int]:
+        """Task `index` of a split, and its seed."""
+        seed = HELD_OUT + SPLITS[split] + index
+        return self.sample(np.random.default_rng([SPLITS[split], index, *self.name.encode()])), seed
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a suite is measured.
+
+    Attributes:
+        split: which tasks.
+        variants: also those of the suite.
+        controls: other ones than the suite's, on "tune" alone.
+        rows: add the values of every task.
+        grid: called with a picture of the first tasks for people to look at.
+    """
+
+    split: Split = "test"
+    variants: bool = False
+    controls: Fields | None = None
+    rows: bool = False
+    grid: Callable[[Image.Image], object] | None = None
+
+    def __post_init__(self) -> None:
+        if self.controls is not None and self.split != "tune":
+            raise ValueError("settings are chosen on split 'tune', never on 'test': name the split or leave controls.")
+
+
+def measure(
+    suite: Suite[Any],
+    runner: Runner,
+    model: str,
+    seeds: int,
+    progress: Progress | None = None,
+    options: Options = Options(),
+) -> dict[str, Any]:
+    """The suite's result on a loaded pipeline, from `seeds` tasks; see `attnctrl.metrics.result`."""
+    begin = time.monotonic()
+    tasks, numbers = zip(*(suite.task(options.split, index) for index in range(seeds)), strict=True)
+    wanted = [suite.pictures(task, number) for task, number in zip(tasks, numbers, strict=True)]
+    settings = _settings(suite, options)
+    tick = Counter((1 + len(settings)) * sum(map(len, wanted)), progress)
+    plain, spent = _draw(runner, wanted, {}, tick)
+    vanilla = _values(suite, tasks, plain, plain)
+    metrics: dict[str, Metric] = {}
+    drawn: dict[str, Sequence[Images]] = {"vanilla": plain}
+    rows = [
+        {"task": index, "prompts": [one.prompt for one in asked], "vanilla": values}
+        for index, (asked, values) in enumerate(zip(wanted, vanilla, strict=True))
+    ]
+    better = {**suite.better, **COMMON}
+    for prefix, controls in settings.items():
+        images, took = _draw(runner, wanted, controls, tick)
+        steered = _values(suite, tasks, images, plain)
+        drawn[prefix.rstrip(".") or "controlled"] = images
+        for name, direction in better.items():
+            metrics[prefix + name] = metric([v[name] for v in vanilla], [v[name] for v in steered], direction)
+        for name, (direction, whole) in suite.whole.items():
+            metrics[prefix + name] = _single(direction, whole(tasks, plain), whole(tasks, images))
+        metrics[f"{prefix}time_ratio"] = _single("lower", 1.0, median(took) / median(spent))
+        metrics[f"{prefix}memory_ratio"] = _single("lower", 1.0, _memory(runner, wanted, controls))
+        for row, values in zip(rows, steered, strict=True):
+            row[prefix.rstrip(".") or "controlled"] = values
+    if not settings:
+        metrics = {name: metric([v[name] for v in vanilla], None, way) for name, way in better.items()}
+        metrics |= {name: _single(way, whole(tasks, plain)) for name, (way, whole) in suite.whole.items()}
+    if options.grid is not None:
+        options.grid(_grid(wanted, drawn))
+    found = result(suite.name, model, seeds, time.monotonic() - begin, metrics)
+    found["split"] = options.split
+    return {**found, "rows": rows} if options.rows else found
+
+
+def _settings(suite: Suite[Any], options: Options) -> dict[str, Fields]:
+    """Controls by the prefix of their metrics' names."""
+    first = suite.controls if options.controls is None else options.controls
+    more = {f"{name}.": fields for name, fields in suite.variants.items()} if options.variants else {}
+    return {**({"": first} if first else {}), **more}
+
+
+def _values(
+    suite: Suite[Any], tasks: Sequence[Any], drawn: Sequence[Images], plain: Sequence[Images]
+) -> list[dict[str, float]]:
+    """A value for each metric, task by task."""
+    found = []
+    for index, (task, images) in enumerate(zip(tasks, drawn, strict=True)):
+        # a picture that is alone in its task is compared with its neighbour's
+        others = images if len(images) > 1 else [*images, *drawn[(index + 1) % len(drawn)]]
+        common = {"prompt_fidelity": suite.fidelity(task, images), "diversity": diversity(others)}
+        found.append({**suite.values(task, images, plain[index]), **common})
+    return found
+
+
+def diversity(images: Images) -> float:
+    """Mean distance of pictures from each other: root mean square of the difference of 8 x 8 thumbnails in [0, 1]."""
+    small = np.stack([_thumbnail(image) for image in images])
+    pairs = [(a, b) for a in range(len(small)) for b in range(a)]
+    return float(np.mean([np.sqrt(((small[a] - small[b]) ** 2).mean()) for a, b in pairs])) if pairs else 0.0
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BOX), dtype=float) / 255
+
+
+def _single(better: Better, vanilla: float, controlled: float | None = None) -> Metric:
+    """An entry for a number that has no samples, and so no interval."""
+    delta = None if controlled is None else controlled - vanilla
+    return {"vanilla": vanilla, "controlled": controlled, "delta": delta, "ci95": None, "better": better}
+
+
+def build_controls(fields: Fields, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
+    """Controls for a batch of pictures, each sample with its own regions."""
+    from attnctrl.controls.base import Control
+
+    scenes = [list(one.regions) for one in pictures]
+    kinds = {kind.name: kind for kind in (attnctrl.Isolate, attnctrl.Regions)}
+    made: list[Control] = []
+    for name, values in fields.items():
+        regions = {"regions": scenes} if name == "regions" else {}
+        made.append(kinds[name](**{**values, **regions}))
+    return made
+
+
+def _draw(
+    runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, tick: Counter
+) -> tuple[list[Images], list[float]]:
+    """Images of each task, and the seconds that a picture of each batch took."""
+    flat = [one for pictures in wanted for one in pictures]
+    seconds: list[float] = []
+    last = time.perf_counter()
+
+    def around(start: int, stop: int) -> Any:
+        return attnctrl.attach(runner.pipe, build_controls(fields, flat[start:stop]))
+
+    def done(count: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.append((now - last) / count)
+        last = now
+        tick(count)
+
+    each = len(wanted[0])
+    whole = runner.with_batch(max(each, runner.batch // each * each))
+    images = _pictures(whole, flat, around if fields else None, done)
+    return [images[at : at + each] for at in range(0, len(images), each)], seconds
+
+
+def _pictures(runner: Runner, wanted: Sequence[Picture], around: Any, done: Any = None) -> list[np.ndarray]:
+    shown = [one.reference for one in wanted if one.reference is not None]
+    return runner.draw([one.prompt for one in wanted], [one.seed for one in wanted], around, done, shown or None)
+
+
+def _memory(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields) -> float:
+    """Peak bytes of one picture group's two steps with control, over those without."""
+    pictures = wanted[0]
+    short = runner.with_steps(2)
+
+    def run(around: Any) -> int:
+        return peak_bytes(lambda: _pictures(short, pictures, around))
+
+    return run(lambda _a, _b: attnctrl.attach(runner.pipe, build_controls(fields, pictures))) / run(None)
+
+
+def _grid(wanted: Sequence[Sequence[Picture]], drawn: Mapping[str, Sequence[Images]], most: int = 8) -> Image.Image:
+    """The first tasks, a column for each way of drawing, with regions on controlled pictures."""
+    from attnctrl.pictures import draw_regions, enlarge, grid
+
+    rows, labels = [], []
+    each = len(wanted[0])
+    for index, pictures in enumerate(wanted[: max(1, most // each)]):
+        for number, asked in enumerate(pictures):
+            row = [enlarge(Image.fromarray(images[index][number]), 192) for images in drawn.values()]
+            rows.append([row[0], *(draw_regions(one, asked.regions, names=False) for one in row[1:])])
+            labels.append(asked.prompt if len(asked.prompt) < 40 else f"{asked.prompt[:39]}…")
+    return grid(rows, labels, list(drawn), side=192)

@@ -1,0 +1,103 @@
+"""`attnctrl eval guidance`: how good pictures are in themselves, against renders of the scenes that are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnctrl.metrics.frechet import frechet_distance
+
+from . import world
+from .embed import identity_embedding, style_embedding
+from .scorer import Expected, agrees, match, read_picture
+from .suite import Images, Picture, Suite
+from .suites_layout import told_share
+
+PER_TASK = 2
+"""Pictures of each prompt, for their diversity."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One or two told subjects, and the scene that they were taken from."""
+
+    scene: world.WorldScene
+    prompt: str
+
+    @property
+    def expected(self) -> list[Expected]:
+        return [Expected(one.shape, one.color) for one in self.scene.subjects]
+
+
+def sample(rng: np.random.Generator) -> Task:
+    """A flat scene whose subjects' shapes, colours and places are told, and its ground."""
+    drawn = world.sample_scene(rng, int(rng.integers(1, 3)))
+    scene = world.WorldScene(drawn.subjects, drawn.background)
+    telling = world.Telling(shape=1, color=1, pattern=0, size=0, place=1, background=1, style=1)
+    return Task(scene, world.caption(scene, rng, telling))
+
+
+def _pictures(task: Task, seed: int) -> list[Picture]:
+    return [Picture(task.prompt, PER_TASK * seed + number) for number in range(PER_TASK)]
+
+
+def values(task: Task, images: Images, plain: Images) -> dict[str, float]:
+    """`binding`: share of told subjects that are there, and no more of them than told; `saturation`: mean distance of
+    the pictures' colourfulness from that of the render, as a share of 255."""
+    render = world.render(task.scene, *images[0].shape[:2]).image
+    readings = [read_picture(image) for image in images]
+    right = [_bound(task, reading.subjects) for reading in readings]
+    off = [abs(_colourfulness(image) - _colourfulness(render)) for image in images]
+    return {"binding": float(np.mean(right)), "saturation": float(np.mean(off))}
+
+
+def _bound(task: Task, found: Sequence[object]) -> float:
+    pairs = zip(task.expected, match(task.expected, found), strict=True)  # type: ignore[arg-type]
+    return float(np.mean([agrees(want, one) for want, one in pairs])) * (len(found) == len(task.expected))
+
+
+def _colourfulness(image: np.ndarray) -> float:
+    """Mean distance between a pixel's strongest and weakest channel, as a share of 255."""
+    return float((image.max(-1).astype(float) - image.min(-1)).mean()) / 255
+
+
+def features(image: np.ndarray) -> np.ndarray:
+    """What the scorer sees of a whole picture [D]: ground, number of subjects, their mean identity, style."""
+    reading = read_picture(image)
+    ground = np.array([reading.background == name for name in world.BACKGROUNDS], dtype=float)
+    style = style_embedding(image, reading)
+    identities = [identity_embedding(image, one) for one in reading.subjects]
+    blank = identity_embedding(*_anything())
+    mean = np.mean(identities, axis=0) if identities else np.zeros_like(blank)
+    return np.concatenate([ground, [len(identities) / 2], mean, style])
+
+
+def _anything() -> tuple[np.ndarray, object]:
+    """A picture with a subject, to know how long an embedding is."""
+    scene = world.WorldScene((world.WorldSubject("square", "red", "solid", 0.5, 0.5, 0.3),), "white")
+    image = world.render(scene).image
+    return image, read_picture(image).subjects[0]
+
+
+def frechet(tasks: Sequence[Task], drawn: Sequence[Images]) -> float:
+    """Frechet distance of `features` between the pictures and renders of the told scenes."""
+    renders = [features(world.render(task.scene, *drawn[0][0].shape[:2]).image) for task in tasks]
+    return frechet_distance(np.array([features(image) for images in drawn for image in images]), np.array(renders))
+
+
+def fidelity(task: Task, images: Images) -> float:
+    """Share of what is told that the pictures show."""
+    return float(np.mean([told_share(task.expected, task.scene.background, read_picture(one)) for one in images]))
+
+
+GUIDANCE = Suite(
+    name="guidance",
+    sample=sample,
+    pictures=_pictures,
+    values=values,
+    better={"binding": "higher", "saturation": "lower"},
+    fidelity=fidelity,
+    whole={"frechet": ("lower", frechet)},
+)

@@ -1,0 +1,159 @@
+"""`attnctrl eval subjects`, `style` and `reposition`: sets of pictures that should have something in common.
+
+`subjects`: one told subject in four scenes, whose untold pattern should stay. `style`: four different subjects whose
+untold style should be one. `reposition`: one subject near to, far from and smaller than where it was first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from . import world
+from .embed import identity_embedding, style_embedding
+from .scorer import Expected, Reading, match, read_picture
+from .suite import Images, Picture, Suite
+from .suites_layout import told_share
+
+SET = 4
+"""Pictures of a set."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """One picture as it is told: its prompt, the subject in it, and the ground."""
+
+    prompt: str
+    expected: Expected
+    background: str
+
+
+Task = tuple[Told, ...]
+
+
+def _told(shape: str, color: str, pattern: str | None, place: str, background: str, size: str | None = None) -> Told:
+    words = " ".join(filter(None, ("a", size, pattern, color, shape, place)))
+    return Told(f"{words}, {background} background", Expected(shape, color, pattern), background)
+
+
+def _one(rng: np.random.Generator, words: Sequence[str]) -> str:
+    return str(rng.choice(list(words)))
+
+
+def sample_subjects(rng: np.random.Generator) -> Task:
+    """One shape and colour at four places on grounds of their own."""
+    shape, color = _one(rng, world.SHAPES), _one(rng, list(world.COLORS))
+    places = rng.choice(world.PLACES, SET, replace=False)
+    grounds = rng.permutation(list(world.BACKGROUNDS))
+    return tuple(_told(shape, color, None, str(p), str(g)) for p, g in zip(places, grounds, strict=True))
+
+
+def sample_style(rng: np.random.Generator) -> Task:
+    """Four subjects that differ in shape and colour, all in the middle, on one ground."""
+    shapes = rng.choice(world.SHAPES, SET, replace=False)
+    colors = rng.choice(list(world.COLORS), SET, replace=False)
+    ground = _one(rng, list(world.BACKGROUNDS))
+    return tuple(_told(str(s), str(c), "solid", "center", ground) for s, c in zip(shapes, colors, strict=True))
+
+
+def sample_reposition(rng: np.random.Generator) -> Task:
+    """Where it was first; the same place, the neighbouring one, the far one, and there in the other size."""
+    shape, color = _one(rng, world.SHAPES), _one(rng, list(world.COLORS))
+    first, near, far = [("left", "center", "right"), ("top", "center", "bottom")][int(rng.integers(2))]
+    ground = _one(rng, list(world.BACKGROUNDS))
+    wanted = [(first, "large"), (first, "large"), (near, "large"), (far, "large"), (far, "small")]
+    return tuple(_told(shape, color, None, place, ground, size) for place, size in wanted)
+
+
+def _pictures(task: Task, seed: int) -> list[Picture]:
+    return [Picture(told.prompt, 10 * seed + number) for number, told in enumerate(task)]
+
+
+def _identities(task: Task, images: Images) -> list[np.ndarray | None]:
+    """The embedding of each picture's told subject, as shape and colour find it; None where it is missing."""
+    found = []
+    for told, image in zip(task, images, strict=True):
+        wanted = Expected(told.expected.shape, told.expected.color)
+        (subject,) = match([wanted], read_picture(image).subjects)
+        found.append(None if subject is None else identity_embedding(image, subject))
+    return found
+
+
+def _cosine(a: np.ndarray | None, b: np.ndarray | None) -> float:
+    """0 where either is missing: what is not there is consistent with nothing."""
+    return 0.0 if a is None or b is None else float(a @ b)
+
+
+def subjects_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
+    """`identity_similarity`: mean cosine of identity embeddings over pairs of pictures."""
+    pairs = combinations(_identities(task, images), 2)
+    return {"identity_similarity": float(np.mean([_cosine(a, b) for a, b in pairs]))}
+
+
+def identity_margin(tasks: Sequence[Task], drawn: Sequence[Images]) -> float:
+    """Mean similarity within casts, less that between each cast and the next one."""
+    found = [_identities(task, images) for task, images in zip(tasks, drawn, strict=True)]
+    within = [_cosine(a, b) for one in found for a, b in combinations(one, 2)]
+    pairs = zip(found, found[1:] + found[:1], strict=True)
+    between = [_cosine(a, b) for one, other in pairs for a in one for b in other]
+    return float(np.mean(within) - np.mean(between))
+
+
+def reposition_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
+    """Similarity to the first picture's subject where it stays, at a distance, and at another scale."""
+    first, *others = _identities(task, images)
+    names = ("same_place", "near", "far", "far_and_small")
+    values = {name: _cosine(first, other) for name, other in zip(names, others, strict=True)}
+    return {"identity_similarity": float(np.mean(list(values.values()))), **values}
+
+
+def style_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
+    """`set_consistency`: mean cosine of style embeddings over pairs of pictures; `same_style`: share of pairs that are
+    read as one style."""
+    readings = [read_picture(image) for image in images]
+    found = [style_embedding(image, reading) for image, reading in zip(images, readings, strict=True)]
+    consistency = [float(a @ b) for a, b in combinations(found, 2)]
+    return {
+        "set_consistency": float(np.mean(consistency)),
+        "same_style": float(np.mean([_same(a, b) for a, b in combinations(readings, 2)])),
+    }
+
+
+def _same(a: Reading, b: Reading) -> bool:
+    return a.style.name is not None and a.style.name == b.style.name
+
+
+def fidelity(task: Task, images: Images) -> float:
+    """Share of what is told that the pictures show."""
+    pairs = zip(task, images, strict=True)
+    return float(np.mean([told_share([t.expected], t.background, read_picture(image)) for t, image in pairs]))
+
+
+SUBJECTS = Suite(
+    name="subjects",
+    sample=sample_subjects,
+    pictures=_pictures,
+    values=subjects_values,
+    better={"identity_similarity": "higher"},
+    fidelity=fidelity,
+    whole={"identity_margin": ("higher", identity_margin)},
+)
+STYLE = Suite(
+    name="style",
+    sample=sample_style,
+    pictures=_pictures,
+    values=style_values,
+    better={"set_consistency": "higher", "same_style": "higher"},
+    fidelity=fidelity,
+)
+REPOSITION = Suite(
+    name="reposition",
+    sample=sample_reposition,
+    pictures=_pictures,
+    values=reposition_values,
+    better=dict.fromkeys(("identity_similarity", "same_place", "near", "far", "far_and_small"), "higher"),
+    fidelity=fidelity,
+)
