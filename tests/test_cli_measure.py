@@ -9,10 +9,12 @@ import types
 
 import pytest
 import tiny_pipes
+from PIL import Image
 
 from attnctrl import provenance
 from attnctrl.attach import parts_of
 from attnctrl.toybox.models import flux
+from attnctrl.toybox.suite import Options
 
 RESULT = {
     "suite": "layout", "model": "toy-flux", "n": 3, "seconds": 1.25,
@@ -27,13 +29,16 @@ RESULT = {
 def suites(monkeypatch):
     asked = []
 
-    def layout(model, seeds, progress, variants=False):
-        asked.append((model, seeds, *(["variants"] if variants else [])))
+    def layout(model, seeds, progress, options):
+        asked.append((model, seeds, options))
+        if options.grid is not None:
+            options.grid(Image.new("RGB", (8, 8)))
         progress(1, 3)
         return RESULT
 
     module = types.ModuleType("attnctrl.toybox.suites")
-    module.SUITES = {"layout": layout}
+    module.SUITES = {"layout": layout, "model": layout}
+    module.PAIRED = {"layout": types.SimpleNamespace(variants={"other": {}})}
     monkeypatch.setitem(sys.modules, "attnctrl.toybox.suites", module)
     return asked
 
@@ -41,9 +46,9 @@ def suites(monkeypatch):
 def test_eval_prints_the_result_of_the_suite(call, suites):
     code, out, _ = call("eval", "layout", "--seeds", 3, "--format", "json")
     assert (code, json.loads(out)) == (0, RESULT)
-    assert suites == [("toy-flux", 3)]
+    assert suites == [("toy-flux", 3, Options())]
     code, out, _ = call("eval", "layout", "-m", "other")
-    assert suites[1] == ("other", 64)
+    assert suites[1] == ("other", 64, Options())
     row = next(line for line in out.splitlines() if "binding" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
         "binding",
@@ -57,9 +62,16 @@ def test_eval_prints_the_result_of_the_suite(call, suites):
     assert call("eval", "layout", "--format", "quiet")[1] == "binding\t0.250\t0.875\naccuracy\t0.980\t\n"
 
 
-def test_eval_of_variants(call, suites):
-    assert call("eval", "layout", "--seeds", 3, "--variants", "--format", "quiet")[0] == 0
-    assert suites == [("toy-flux", 3, "variants")]
+def test_eval_passes_on_how_to_measure(call, suites, tmp_path):
+    target = tmp_path / "grid.png"
+    options = ("--variants", "--split", "tune", "--rows", "--grid", target)
+    assert call("eval", "layout", "--seeds", 3, *options, "--format", "quiet")[0] == 0
+    ((_, _, asked),) = suites
+    assert (asked.split, asked.variants, asked.rows) == ("tune", True, True)
+    assert Image.open(target).size == (8, 8)
+    code, _, err = call("eval", "model", "--variants")
+    assert code == 2
+    assert "suite 'model' has no variants; these have: layout" in " ".join(err.replace("│", " ").split())
 
 
 def test_eval_knows_its_suites(call, suites):

@@ -8,17 +8,17 @@ import pytest
 from attnctrl.toybox import suites_model, world
 from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.scorer import read_picture
+from attnctrl.toybox.suite import Options
 from attnctrl.toybox.suites import SUITES
 from attnctrl.toybox.suites_layout import (
-    BETTER,
     BOX,
-    CONTROL,
-    VARIANTS,
-    build_controls,
-    measure_layout,
-    sample_task,
+    ISOLATION,
+    LAYOUT,
+    Task,
+    isolation_values,
+    layout_values,
+    leakage,
     subject_values,
-    task_values,
 )
 from attnctrl.toybox.suites_model import measure_model
 from attnctrl.toybox.suites_run import Runner
@@ -33,22 +33,27 @@ def ideal(task, places=None) -> np.ndarray:
     """What the task asks for, drawn by the world."""
     boxes = places or task.boxes
     subjects = tuple(
-        world.WorldSubject(shape, color, "solid", (b[0] + b[2]) / 2, (b[1] + b[3]) / 2, 0.18)
-        for (shape, color), b in zip(task.subjects, boxes, strict=True)
+        world.WorldSubject(shape, color, pattern or "solid", (b[0] + b[2]) / 2, (b[1] + b[3]) / 2, 0.18)
+        for (shape, color, pattern), b in zip(task.subjects, boxes, strict=True)
     )
     return world.render(world.WorldScene(subjects, task.background)).image
 
 
+def sample_task(index: int) -> Task:
+    return LAYOUT.task("test", index)[0]
+
+
 def test_suites_are_registered():
-    assert set(SUITES) == {"layout", "model"}
+    assert set(SUITES) == {
+        "model", "layout", "isolation", "references", "subjects", "reposition", "style", "guidance",
+    }  # fmt: skip
 
 
 def test_tasks_differ_in_shape_and_colour_and_stay_on_the_canvas():
-    assert sample_task(3) == sample_task(3)
     arrangements = set()
     for index in range(60):
         task = sample_task(index)
-        (shape, color), (other_shape, other_color) = task.subjects
+        (shape, color, _), (other_shape, other_color, _) = task.subjects
         assert shape != other_shape
         assert color != other_color
         first, second = task.phrases
@@ -76,8 +81,8 @@ def test_tasks_differ_in_shape_and_colour_and_stay_on_the_canvas():
 def test_a_picture_that_does_as_told_scores_full(index):
     task = sample_task(index)
     image = ideal(task)
-    values = task_values(task, image, image, (8, 8))
-    assert set(values) == set(BETTER)
+    values = layout_values(task, [image], [image])
+    assert set(values) == set(LAYOUT.better)
     assert [values[n] for n in ("presence", "binding", "placement", "background_similarity")] == [1, 1, 1, 1]
     assert values["inclusion_ratio"] > 0.99
     assert 0.2 < values["fill_ratio"] < 0.8
@@ -87,52 +92,45 @@ def test_a_picture_that_does_as_told_scores_full(index):
 def test_swapped_places_bind_but_are_not_placed():
     task = sample_task(0)
     image = ideal(task, places=task.boxes[::-1])
-    values = task_values(task, image, ideal(task), (8, 8))
+    values = layout_values(task, [image], [ideal(task)])
     assert (values["binding"], values["presence"], values["placement"]) == (1, 1, 0)
     assert values["inclusion_ratio"] < 0.05
 
 
 def test_a_colour_on_the_wrong_shape_is_present_but_not_bound():
     task = sample_task(0)
-    (a, red), (b, blue) = task.subjects
-    crossed = type(task)(((b, red), (a, blue)), task.boxes, task.background, task.seed)
+    (a, red, _), (b, blue, _) = task.subjects
+    crossed = Task(((b, red, None), (a, blue, None)), task.boxes, task.background)
     assert subject_values(task, read_picture(ideal(crossed))) == {"presence": 1, "binding": 0, "placement": 0}
 
 
-def test_controls_of_a_batch_have_the_regions_of_each_sample():
-    tasks = [sample_task(0), sample_task(1)]
-    isolate, regions = build_controls(CONTROL, tasks)
-    assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "shared")
-    assert isolate.regions == ()
-    assert [[r.prompt for r in scene] for scene in regions.regions] == [
-        [f"{phrase}, {task.background} background" for phrase in task.phrases] for task in tasks
-    ]
-    assert [[r.box for r in scene] for scene in regions.regions] == [list(task.boxes) for task in tasks]
+def test_tasks_of_isolation_share_their_shape_and_nearly_touch():
+    for index in range(30):
+        task, _ = ISOLATION.task("test", index)
+        (shape, color, pattern), (other_shape, other_color, other_pattern) = task.subjects
+        assert shape == other_shape
+        assert color != other_color
+        assert pattern != other_pattern
+        (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = task.boxes
+        gap = max(bx0 - ax1, ax0 - bx1, by0 - ay1, ay0 - by1)
+        assert 0 <= gap < 0.05
+        assert f" {pattern} {color} {shape} " in task.phrases[0]
 
 
-def test_layout_suite_gives_the_form_and_counts_pictures(runner):
-    steps = []
-    found = measure_layout(runner, "tiny", 3, lambda done, total: steps.append((done, total)))
-    assert list(found) == ["suite", "model", "n", "seconds", "metrics"]
-    assert (found["suite"], found["model"], found["n"]) == ("layout", "tiny", 3)
-    assert set(found["metrics"]) == set(BETTER)
-    for name, entry in found["metrics"].items():
-        assert list(entry) == ["vanilla", "controlled", "delta", "ci95", "better"]
-        assert entry["delta"] == pytest.approx(entry["controlled"] - entry["vanilla"])
-        assert entry["ci95"][0] <= entry["delta"] + 1e-9
-        assert entry["delta"] - 1e-9 <= entry["ci95"][1]
-        assert entry["better"] == BETTER[name]
-    # Control changes the pictures, and the plain ones are compared with themselves.
-    assert found["metrics"]["background_similarity"]["vanilla"] == 1
-    assert found["metrics"]["background_similarity"]["controlled"] < 1
-    assert steps == [(2, 6), (3, 6), (5, 6), (6, 6)]
-    assert json.loads(json.dumps(found)) == found
-
-
-def test_variants_come_beside(runner):
-    found = measure_layout(runner, "tiny", 1, variants=True)["metrics"]
-    assert set(found) == {prefix + name for name in BETTER for prefix in ("", *(f"{v}." for v in VARIANTS))}
-    assert found["regions_only.background_similarity"] != found["parted_always.background_similarity"]
+def test_leakage_is_a_matrix_of_boxes_and_subjects():
+    task, _ = ISOLATION.task("test", 0)
+    image = ideal(task)
+    assert leakage(read_picture(image), task).tolist() == pytest.approx(np.eye(2).tolist(), abs=0.02)
+    values = isolation_values(task, [image], [image])
+    assert set(values) == set(ISOLATION.better)
+    assert [values[name] for name in ("leak", "pattern_leak", "binding")] == pytest.approx([0, 0, 1], abs=0.02)
+    # colours in each other's place: all of each box leaks; patterns swapped: seen as taken over
+    swapped = ideal(task, places=task.boxes[::-1])
+    assert leakage(read_picture(swapped), task).tolist() == pytest.approx((1 - np.eye(2)).tolist(), abs=0.02)
+    assert isolation_values(task, [swapped], [image])["leak"] > 0.98
+    (shape, red, striped), (_, blue, dotted) = task.subjects
+    crossed = Task(((shape, red, dotted), (shape, blue, striped)), task.boxes, task.background)
+    assert isolation_values(task, [ideal(crossed)], [image])["pattern_leak"] == 1
 
 
 def test_model_suite_gives_the_form(runner):
@@ -144,12 +142,19 @@ def test_model_suite_gives_the_form(runner):
     assert found["metrics"]["scorer_accuracy"]["vanilla"] == 1
     for entry in found["metrics"].values():
         assert (entry["controlled"], entry["delta"], entry["better"]) == (None, None, "higher")
+    seen: list = []
+    more = measure_model(runner, "tiny", 2, None, Options(rows=True, grid=seen.append))
+    assert more["metrics"] == found["metrics"]
+    assert [list(row["vanilla"]) for row in more["rows"]] == [
+        [name] for name in ("single_subject", "two_subjects", "three_subjects") for _ in range(2)
+    ]
+    assert seen[0].size[0] > 2 * 192
 
 
 def test_model_suite_draws_enough_captions_whatever_is_asked(monkeypatch):
     asked = []
     monkeypatch.setattr(Runner, "load", classmethod(lambda cls, model: model))
-    monkeypatch.setattr(suites_model, "measure_model", lambda runner, model, count, progress: asked.append(count))
+    monkeypatch.setattr(suites_model, "measure_model", lambda runner, model, count, *_: asked.append(count))
     SUITES["model"]("toy-flux", 4, None)
     SUITES["model"]("toy-flux", 300, None)
     assert asked == [200, 300]
