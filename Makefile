@@ -9,7 +9,7 @@ STAMP := $(VENV)/attnctrl.stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format types clean
+.PHONY: help install demo test test-all results lint format types clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -35,6 +35,9 @@ test: $(STAMP) ## the tests (minutes)
 
 test-all: $(STAMP) ## the tests, the slow ones too
 	@$(BIN)/python -m pytest
+
+results: $(STAMP) ## docs/results.md from the stored results
+	@$(BIN)/python -m attnctrl.toybox.results
 
 lint: $(STAMP) ## style and common mistakes
 	@$(BIN)/ruff check .

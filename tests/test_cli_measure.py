@@ -45,7 +45,10 @@ def suites(monkeypatch):
 
 def test_eval_prints_the_result_of_the_suite(call, suites):
     code, out, _ = call("eval", "layout", "--seeds", 3, "--format", "json")
-    assert (code, json.loads(out)) == (0, RESULT)
+    printed = json.loads(out)
+    assert printed.pop("command") == "attnctrl eval layout --model toy-flux --seeds 3 --format json"
+    assert printed.pop("versions") == provenance.versions()
+    assert (code, printed) == (0, RESULT)
     assert suites == [("toy-flux", 3, Options())]
     code, out, _ = call("eval", "layout", "-m", "other")
     assert suites[1] == ("other", 64, Options())

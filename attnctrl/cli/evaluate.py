@@ -50,6 +50,7 @@ def evaluate(
       attnctrl eval layout --model toy-flux --seeds 64 --format json
     """
     from attnctrl.files import write_png
+    from attnctrl.provenance import versions
     from attnctrl.toybox.suite import Options
     from attnctrl.toybox.suites import PAIRED, SUITES
 
@@ -64,7 +65,10 @@ def evaluate(
     save = None if grid is None else partial(write_png, grid)
     options = Options(split=split.value, variants=variants, rows=rows, grid=save)
     with progress_bar(f"eval {suite}", form) as advance:
-        result = SUITES[suite](model, seeds, advance, options)
+        measured = SUITES[suite](model, seeds, advance, options)
+    flags = [*(["--variants"] if variants else []), *(["--split", split.value] if split is not Split.test else [])]
+    command = " ".join(["attnctrl eval", suite, "--model", model, "--seeds", str(seeds), *flags, "--format json"])
+    result = {**measured, "command": command, "versions": versions()}
     emit(form, result, lambda: table(result), _lines(result))
 
 
