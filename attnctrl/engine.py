@@ -222,7 +222,7 @@ class Engine:
         variants, slots = self.stack.variants(
             frames, rows, lambda region: self._embeds(region).shape[0], aligned=position is not None
         )
-        appended = sum(slots)
+        appended = slots.tokens
         self._note_length(branches, appended)
         if appended:
             texts = self._texts(self.family.text(arguments)[0], variants, appended)

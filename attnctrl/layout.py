@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import LayoutError
 from .region import Grid, Region, by
 
-__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "TokenRange", "partition"]
+__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "Slots", "TokenRange", "partition"]
 
 Kind = Literal["global", "region_text", "pad", "image", "reference", "register"]
 
@@ -38,6 +38,20 @@ class Measures:
     padding: int = 0
     fixed: bool = False
     closed: str = ""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The room of appended texts: the n-th ones of all rows begin at one place and take `sizes[n]` tokens, of which the
+    text of a row fills the first `lengths[row][n]`.
+    """
+
+    sizes: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True)
