@@ -92,7 +92,7 @@ def cogvideox(seed: int = 0, *, rotary: bool = True, dtype: torch.dtype = torch.
     """Two blocks over patches of 2 x 2; with rotary positions as the 5B model, without as the 2B model."""
     return _made(
         CogVideoXTransformer3DModel,
-    HunyuanVideoTransformer3DModel,
+        HunyuanVideoTransformer3DModel,
         seed,
         dtype,
         num_attention_heads=2,
@@ -129,9 +129,11 @@ def sana(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> SanaTransforme
     )
 
 
-def hunyuan_video(seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any) -> HunyuanVideoTransformer3DModel:
+def hunyuan_video(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any
+) -> HunyuanVideoTransformer3DModel:
     """A refiner block, a double and two single blocks over patches of 1 x 2 x 2."""
     sizes = {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1, "rope_axes_dim": (4, 6, 6)}
     channels = {"in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT_DIM, "pooled_projection_dim": 8}
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "guidance_embeds": False}
-    return _made(HunyuanVideoTransformer3DModel, seed, dtype, **sizes, **channels, **{**heads, **config})
+    return _made(HunyuanVideoTransformer3DModel, seed, dtype, **{**sizes, **channels, **heads, **config})

@@ -73,12 +73,13 @@ def append_text(arguments: Arguments, texts: Tensor) -> Arguments:
     }
 
 
-def refine(original: Callable[..., Tensor], hidden_states: Any, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def refine(original: Callable[..., Tensor], hidden_states: Any, timestep: Tensor, attention_mask: Tensor) -> Tensor:
     """The model's refiner, in one batch for the prompt and each further text by itself."""
     if not isinstance(hidden_states, Segments):
-        return original(hidden_states, timestep, *args, **kwargs)
+        return original(hidden_states, timestep, attention_mask)
     prompt, mask, texts, real, sizes = hidden_states
-    parts, masks = [prompt, *texts.split(sizes, dim=1)], [mask, *real.split(sizes, dim=1)]
+    parts = [prompt, *texts.split(sizes, dim=1)]
+    masks = [part.to(attention_mask.dtype) for part in (mask, *real.split(sizes, dim=1))]
     longest = max(part.shape[1] for part in parts)
     refined = original(
         torch.cat([pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]),
