@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny_mmdit
 import tiny_video
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, Lumina2Pipeline
 from tiny import TEXT_DIM
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
@@ -45,4 +46,19 @@ def hunyuan_video(seed: int = 0) -> HunyuanVideoPipeline:
             text_encoder_2=_clip(clip),
             tokenizer_2=clip,
         )
+    return _ready(pipe)
+
+
+def lumina2(seed: int = 0) -> Lumina2Pipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe = Lumina2Pipeline(
+            text_encoder=_language_model(2),
+            tokenizer=text.t5_tokenizer(),
+            transformer=tiny_mmdit.lumina2(),
+            vae=None,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        )
+    # the real one is of another vocabulary
+    pipe.system_prompt = "a picture"
     return _ready(pipe)

@@ -203,6 +203,7 @@ def all_families() -> tuple[Family, ...]:
     from .flux2 import FLUX2
     from .hunyuan_video import HUNYUAN_VIDEO
     from .ltx import LTX
+    from .lumina2 import LUMINA2
     from .pixart import PIXART
     from .qwen import QWEN
     from .sana import SANA
@@ -211,7 +212,7 @@ def all_families() -> tuple[Family, ...]:
     from .wan import WAN
     from .zimage import ZIMAGE
 
-    images = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, SANA)
+    images = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, SANA, LUMINA2)
     return (*images, WAN, LTX, COGVIDEOX, HUNYUAN_VIDEO)
 
 

@@ -111,8 +111,8 @@ def encode_prompt(pipe: Any, prompt: str) -> Tensor:
     """
     if "image" in signature(pipe.encode_prompt).parameters:
         raise ControlError(
-            f"{type(pipe).__name__} encodes a prompt together with its picture, so the region text '{prompt}' cannot be "
-            "encoded by itself. Give the region prompt_embeds [tokens, channels], made by HunyuanVideoPipeline."
+            f"{type(pipe).__name__} encodes a prompt together with its picture, so the region text '{prompt}' cannot "
+            "be encoded by itself. Give the region prompt_embeds [tokens, channels], made by HunyuanVideoPipeline."
         )
     length = count_tokens(pipe, prompt)
     options = {"device": pipe._execution_device, "max_sequence_length": length}

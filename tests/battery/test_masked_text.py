@@ -19,7 +19,7 @@ from table import CASES
 import attnctrl as ac
 from attnctrl.families import family_of, insert
 
-NAMES = ["hunyuan-video"]
+NAMES = ["hunyuan-video", "lumina2"]
 every_family = pytest.mark.parametrize("family", NAMES)
 PROMPT = "a red circle and a blue square"
 LEFT = ac.Region("a red circle", box=(0.0, 0.0, 0.5, 1.0))
@@ -33,6 +33,7 @@ PIPES: dict[str, dict[str, Any]] = {
         "negative_prompt": "a green star",
         "true_cfg_scale": 3.0,
     },
+    "lumina2": {"height": 64, "width": 96, "max_sequence_length": 40, "guidance_scale": 3.0},
 }
 every_pipe = pytest.mark.parametrize("name", PIPES)
 
@@ -131,7 +132,7 @@ def test_a_first_frame_that_is_given_keeps_the_layout() -> None:
 def test_a_text_that_is_encoded_with_a_picture_is_refused() -> None:
     family = family_of(tiny_video.hunyuan_video())
     pipe = SimpleNamespace(encode_prompt=lambda image, prompt: None)
-    with pytest.raises(ac.ControlError, match="'a red circle' cannot be encoded by itself.*prompt_embeds"):
+    with pytest.raises(ac.ControlError, match=r"'a red circle' cannot be encoded by itself.*prompt_embeds"):
         family.encode(pipe, "a red circle")
 
 
