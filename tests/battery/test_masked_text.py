@@ -101,6 +101,25 @@ def test_the_prompt_does_not_reach_the_texts_of_regions(family: str) -> None:
         assert (setting.run(encoder_hidden_states=torch.randn(1, 5, 12)) - first).abs().max() < 1e-5
 
 
+@every_family
+def test_texts_of_regions_do_not_reach_each_other(family: str) -> None:
+    """Each is refined by itself: another text of the right half leaves the left one as it was."""
+    setting = FAMILIES[family]()
+    texts = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(3))
+    seen = []
+    for right in texts[1:]:
+        halves = [
+            ac.Region(half.prompt, box=half.box, prompt_embeds=text)
+            for half, text in ((LEFT, texts[0]), (RIGHT, right))
+        ]
+        with ac.attach(setting.model, [ac.Isolate(), ac.Regions(halves, global_text="none")]):
+            seen.append(setting.run())
+    moved = (seen[0] - seen[1]).abs()
+    half = moved.shape[-1] // 2
+    assert moved[..., :half].max() < 1e-5
+    assert moved[..., half:].max() > 1e-3
+
+
 def test_compiled_refiner_that_has_run_before_is_not_passed_over() -> None:
     torch._dynamo.reset()
     setting, controls = FAMILIES["hunyuan-video"](), ac.Regions(regions())
