@@ -302,8 +302,10 @@ class Engine:
         given = next((entry.branches for entry in self.entries if entry.branches), ())
         if given:
             return given
-        if self.tap.branch in self.family.branches:
-            return (self.tap.branch,)
+        # diffusers' guiders announce a branch as "pred_cond"
+        announced = (self.tap.branch or "").removeprefix("pred_")
+        if announced in self.family.branches:
+            return (announced,)
         batch = self.family.batch and self._place.batch(arguments, [entry.pipe for entry in self.entries])
         if batch:
             return batch

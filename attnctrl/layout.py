@@ -71,12 +71,12 @@ class TokenRange:
 class Layout:
     """The token ranges of one forward, in sequence order without gaps.
 
-    Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
-    "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
-    tokens that stand for nothing; "text.registers" and "image.registers" where they fill up a text or a picture),
-    "padding" (filling up a row of the batch, which the model masks by itself). `fixed`: further texts take the place of
-    the prompt's last tokens, and a row with shorter texts keeps more of those. `closed`: why there can be no further
-    texts.
+    Names: "text.global" (the prompt), "text.glyphs" (its words to be drawn, where they stand by themselves),
+    "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch), "image" (the latents, with their
+    grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned tokens that stand for nothing;
+    "text.registers" and "image.registers" where they fill up a text or a picture), "padding" (filling up a row of the
+    batch, which the model masks by itself). `fixed`: further texts take the place of the prompt's last tokens, and a
+    row with shorter texts keeps more of those. `closed`: why there can be no further texts.
     """
 
     ranges: tuple[TokenRange, ...]

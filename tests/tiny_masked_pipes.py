@@ -7,9 +7,18 @@ from typing import Any
 import tiny_mmdit
 import tiny_video
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, Lumina2Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline, HunyuanVideoPipeline, Lumina2Pipeline
+from diffusers.guiders import AdaptiveProjectedMixGuidance
 from tiny import TEXT_DIM
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from attnctrl.toybox import text
 
@@ -61,4 +70,24 @@ def lumina2(seed: int = 0) -> Lumina2Pipeline:
         )
     # the real one is of another vocabulary
     pipe.system_prompt = "a picture"
+    return _ready(pipe)
+
+
+def hunyuan_image(seed: int = 0) -> HunyuanImagePipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        glyphs = T5Config(vocab_size=384, d_model=6, d_kv=6, d_ff=8, num_layers=1, num_heads=1)
+        pipe = HunyuanImagePipeline(
+            text_encoder=_language_model(3),
+            tokenizer=text.t5_tokenizer(),
+            text_encoder_2=T5EncoderModel(glyphs),
+            tokenizer_2=ByT5Tokenizer(),
+            transformer=tiny_mmdit.hunyuan_image(),
+            vae=None,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+            guider=AdaptiveProjectedMixGuidance(guidance_scale=3.0),
+        )
+    # the real head is 34 tokens of another vocabulary
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "a b {} c", 2
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 40, 32
     return _ready(pipe)

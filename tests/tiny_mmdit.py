@@ -1,4 +1,4 @@
-"""Tiny random models of FLUX.2, Qwen-Image, Chroma, Z-Image, AuraFlow, CogView4 and Lumina2, and inputs for them."""
+"""Tiny random models of FLUX.2, Qwen-Image, Chroma, Z-Image, AuraFlow, CogView4, Lumina2 and HunyuanImage, and their inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogView4Transformer2DModel,
     Flux2Transformer2DModel,
+    HunyuanImageTransformer2DModel,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
@@ -152,3 +153,25 @@ def lumina2_inputs(seed: int = 0, **options: Any) -> dict[str, Any]:
     batch = len(inputs.pop("pooled_projections"))
     mask = torch.ones(batch, inputs["encoder_hidden_states"].shape[1], dtype=torch.int64)
     return {**inputs, "timestep": torch.full((batch,), 0.5), "encoder_attention_mask": mask}
+
+
+def hunyuan_image(
+    seed: int = 0, *, glyphs: bool = True, dtype: torch.dtype = torch.float32
+) -> HunyuanImageTransformer2DModel:
+    """A refiner block, a double and two single blocks of 2 heads of 16."""
+    sizes = {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1, "rope_axes_dim": (8, 8)}
+    channels = {"in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT_DIM, "patch_size": (1, 1)}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "text_embed_2_dim": 6 if glyphs else None}
+    return _made(HunyuanImageTransformer2DModel, seed, dtype, **sizes, **channels, **heads)
+
+
+def hunyuan_image_inputs(seed: int = 0, *, glyphs: int = 3, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of one forward."""
+    inputs = sd_inputs(seed, pooled=True, **options)
+    batch, text = len(inputs.pop("pooled_projections")), inputs["encoder_hidden_states"]
+    drawn = torch.randn(batch, glyphs, 6, generator=torch.Generator().manual_seed(seed + 1)).to(text.dtype)
+    masks = {"encoder_attention_mask": torch.ones(text.shape[:2], dtype=torch.int64)}
+    masks["encoder_attention_mask_2"] = torch.ones(batch, glyphs, dtype=torch.int64)
+    # the model computes its time embedding in the timestep's precision
+    timestep = inputs["timestep"].to(text.dtype)
+    return {**inputs, **masks, "encoder_hidden_states_2": drawn, "timestep": timestep}

@@ -201,6 +201,7 @@ def all_families() -> tuple[Family, ...]:
     from .cogview4 import COGVIEW4
     from .flux import FLUX
     from .flux2 import FLUX2
+    from .hunyuan_image import HUNYUAN_IMAGE
     from .hunyuan_video import HUNYUAN_VIDEO
     from .ltx import LTX
     from .lumina2 import LUMINA2
@@ -212,7 +213,7 @@ def all_families() -> tuple[Family, ...]:
     from .wan import WAN
     from .zimage import ZIMAGE
 
-    images = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, SANA, LUMINA2)
+    images = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, SANA, LUMINA2, HUNYUAN_IMAGE)
     return (*images, WAN, LTX, COGVIDEOX, HUNYUAN_VIDEO)
 
 

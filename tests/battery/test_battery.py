@@ -213,7 +213,7 @@ def test_layout_probe(family: Any) -> None:
             assert torch.equal(moved, reads)
 
 
-@pytest.mark.parametrize("name", ["pixart", "ltx", "qwen", "chroma", "hunyuan-video", "lumina2"])
+@pytest.mark.parametrize("name", ["pixart", "ltx", "qwen", "chroma", "hunyuan-video", "lumina2", "hunyuan-image"])
 @pytest.mark.parametrize(
     "case", [CASES["stack"], CASES["isolate"], CASES["regions-base"]], ids=["stack", "isolate", "regions-base"]
 )

@@ -19,7 +19,7 @@ from table import CASES
 import attnctrl as ac
 from attnctrl.families import family_of, insert
 
-NAMES = ["hunyuan-video", "lumina2"]
+NAMES = ["hunyuan-video", "lumina2", "hunyuan-image"]
 every_family = pytest.mark.parametrize("family", NAMES)
 PROMPT = "a red circle and a blue square"
 LEFT = ac.Region("a red circle", box=(0.0, 0.0, 0.5, 1.0))
@@ -34,6 +34,7 @@ PIPES: dict[str, dict[str, Any]] = {
         "true_cfg_scale": 3.0,
     },
     "lumina2": {"height": 64, "width": 96, "max_sequence_length": 40, "guidance_scale": 3.0},
+    "hunyuan_image": {"height": 128, "width": 192, "negative_prompt": "a green star"},
 }
 every_pipe = pytest.mark.parametrize("name", PIPES)
 
@@ -80,7 +81,10 @@ def test_prompts_of_unequal_length_equal_each_by_itself(family: str, case: Any, 
 def test_one_region_with_the_whole_prompt_is_vanilla(family: str) -> None:
     """A region's text is refined as the prompt is, and stands where the prompt stands; the image stays where it was."""
     setting = FAMILIES[family](batch=2)
-    changes = padded(setting, (3, 5))
+    changes: dict[str, Any] = padded(setting, (3, 5))
+    if setting.glyphs:
+        # those are the prompt's, which a region does not read
+        changes["encoder_hidden_states_2"] = None
     base = setting.run(**changes)
     texts = setting.inputs[setting.prompt]
     whole = [[ac.Region("whole", prompt_embeds=texts[0, :3])], [ac.Region("whole", prompt_embeds=texts[1])]]
@@ -146,6 +150,42 @@ def test_a_first_frame_that_is_given_keeps_the_layout() -> None:
         moved = (controlled - setting.run(hidden_states=other)).abs()
     assert (controlled - base).abs().max() > 1e-2
     assert moved[..., :6].max() == 0 < moved[..., 6:].max()
+
+
+def test_glyphs_stand_before_the_text_and_are_the_prompts() -> None:
+    """Of each row the real ones only; without them the text follows the image."""
+    setting, mask = FAMILIES["hunyuan-image"](batch=2), torch.tensor([[1, 0, 0], [1, 1, 1]])
+    family = family_of(setting.model)
+    changes = {**padded(setting, (3, 5)), "encoder_attention_mask_2": mask}
+    first, second = family.frames(setting.model, {**setting.inputs, **changes})
+    assert [(r.name, len(r)) for r in first["joint"].with_texts([("text.region0", 2)]).keys.ranges] == [
+        ("image", 24), ("text.glyphs", 1), ("text.global", 3), ("text.region0", 2), ("padding", 4)
+    ]  # fmt: skip
+    assert second["joint"].keys.names == ("image", "text.glyphs", "text.global")
+    controls = [ac.Isolate(), ac.Regions(regions())]
+    with ac.attach(setting.model, controls):
+        together = setting.run(**changes)
+    alone = setting.single(0)
+    bare = {key: alone[key][:, :1] for key in ("encoder_hidden_states_2", "encoder_attention_mask_2")}
+    bare |= {key: alone[key][:, :3] for key in ("encoder_hidden_states", "encoder_attention_mask")}
+    with ac.attach(setting.model, controls):
+        assert (setting.run(**{**alone, **bare}) - together[0]).abs().max() < 2e-5
+    bare |= dict.fromkeys(("encoder_hidden_states_2", "encoder_attention_mask_2"))
+    frames = family.frames(setting.model, {**setting.inputs, **alone, **bare})[0]
+    assert frames["joint"].keys.names == ("image", "text.global")
+
+
+def test_padding_before_the_text_is_refused() -> None:
+    setting = FAMILIES["hunyuan-image"]()
+    left = pytest.raises(ac.LayoutError, match=r"ones behind zeros.*Pad prompts on the right")
+    with ac.attach(setting.model, ac.Isolate(regions())), left:
+        setting.run(encoder_attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
+
+
+def test_quoted_words_of_a_region_are_warned_of() -> None:
+    pipe = pipeline("hunyuan_image")
+    with pytest.warns(UserWarning, match=r"'a sign \"open\"' quotes words.*there as well"):
+        family_of(pipe.transformer).encode(pipe, 'a sign "open"')
 
 
 def test_a_text_that_is_encoded_with_a_picture_is_refused() -> None:
