@@ -92,7 +92,6 @@ def cogvideox(seed: int = 0, *, rotary: bool = True, dtype: torch.dtype = torch.
     """Two blocks over patches of 2 x 2; with rotary positions as the 5B model, without as the 2B model."""
     return _made(
         CogVideoXTransformer3DModel,
-        HunyuanVideoTransformer3DModel,
         seed,
         dtype,
         num_attention_heads=2,
