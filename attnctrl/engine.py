@@ -222,7 +222,7 @@ class Engine:
         variants, slots = self.stack.variants(
             frames, rows, lambda region: self._embeds(region).shape[0], aligned=position is not None
         )
-        appended = sum(slots)
+        appended = slots.tokens
         self._note_length(branches, appended)
         if appended:
             texts = self._texts(self.family.text(arguments)[0], variants, appended)
@@ -302,8 +302,10 @@ class Engine:
         given = next((entry.branches for entry in self.entries if entry.branches), ())
         if given:
             return given
-        if self.tap.branch in self.family.branches:
-            return (self.tap.branch,)
+        # diffusers' guiders announce a branch as "pred_cond"
+        announced = (self.tap.branch or "").removeprefix("pred_")
+        if announced in self.family.branches:
+            return (announced,)
         batch = self.family.batch and self._place.batch(arguments, [entry.pipe for entry in self.entries])
         if batch:
             return batch

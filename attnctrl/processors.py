@@ -119,7 +119,8 @@ def processors(
     kind = _NAMED.get(type(stack[0]), ControlledAttnProcessor) if len(stack) == 1 else ControlledAttnProcessor
     alive: weakref.WeakSet[ControlledAttnProcessor] = weakref.WeakSet()
     entry = Entry(stack, pipe, scheduler, _presence(engine, alive), branches, own_kernels)
-    made = {}
+    # set_attn_processor wants one for each attention module, also for those of text refiners, which nobody controls
+    made = dict(getattr(model, "attn_processors", {}))
     for layer in engine.layers:
         processor = layer.module.processor
         if layer.name in wrapped:

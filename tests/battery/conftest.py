@@ -18,7 +18,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     here = [one.nodeid for one in ran if getattr(one, "when", "") == "call" and "tests/battery/" in one.nodeid]
     if here:
         core = sum("test_battery.py" in one for one in here)
-        terminalreporter.write_line(f"battery: {len(here)} cases, {core} of them every control x every family x both doors")
+        terminalreporter.write_line(
+            f"battery: {len(here)} cases, {core} of them every control x every family x both doors"
+        )
 
 
 @pytest.fixture(autouse=True)
