@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import LayoutError
 from ..layout import Measures
 from ..region import by
-from . import Arguments, Family, append_to, joint, stacks
+from . import Arguments, Carrier, Family, append_to, joint, stacks
 
 
-class _Shapes(list):
+class _Shapes(Carrier):
     """`img_shapes`, with the slots of appended texts on their way to the model's position table."""
 
     slots: tuple[int, ...] = ()
