@@ -111,7 +111,7 @@ class Handle:
             if self._entry.forwards and seat is not None and seat.forwards == 0:
                 silent.append(
                     f"'{control.name}' (window {window_to_json(control.window)}, branch {control.branch}) acted in "
-                    f"none of {self._entry.forwards} forwards. Its window or branch never came."
+                    f"none of {self._entry.forwards} forwards. {_why_silent(seat.skipped)}"
                 )
         return Report(self._entry.forwards, tuple(reports), tuple(silent))
 
@@ -204,6 +204,15 @@ def as_controls(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     if strangers:
         raise ControlError(f"A stack holds controls such as Regions([...]) or Isolate(); found {', '.join(strangers)}.")
     return stack
+
+
+def _why_silent(skipped: int) -> str:
+    if not skipped:
+        return "Its window or branch never came."
+    return (
+        f"In {skipped} it was due, but a cache or a guider left its layers out. Call model.disable_cache(), or give it "
+        "other layers."
+    )
 
 
 def _spans(steps: Sequence[int]) -> str:

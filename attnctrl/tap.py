@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -101,8 +102,9 @@ class Tap:
         self.layers = tuple(layers)
         self.listener = listener
         self.branch: str | None = None
-        self._context: dict[str, Any] = {}
         self._signature = signature(type(model).forward)
+        # each layer by name, with the block that it sits in
+        self._places = [(x.name, x.module, model.get_submodule(x.name.rpartition(".")[0])) for x in self.layers]
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
         self._shadows = dict(shadows)
@@ -166,14 +168,37 @@ class Tap:
             layer for layer in self.layers if layer.module._attnctrl is not None and not layer.module._attnctrl_met
         )
 
-    def reset_caches(self) -> None:
-        """Forget what diffusers' caches hold of earlier steps, within the branch that is running."""
-        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+    def has_caches(self) -> bool:
+        """Hooks of diffusers on the model keep outputs of earlier steps."""
+        return any(hook._is_stateful for module in self.model.modules() for hook in _hooks(module))
 
-        model: Any = self.model
-        model._reset_stateful_cache()
-        if self.branch is not None:
-            _set_cache_context(model, CacheContext(self.branch, **self._context))
+    def shares_caches(self) -> bool:
+        """What is kept of attention layers is not told apart by guidance branch."""
+        hooks = (hook for layer in self.layers for hook in _hooks(layer.module))
+        return any(hook._is_stateful and not _managers(hook) for hook in hooks)
+
+    def halves_batches(self) -> bool:
+        """FasterCache runs the layers on the prompt's rows alone in some steps."""
+        return any(not getattr(hook, "is_guidance_distilled", True) for hook in _hooks(self.model))
+
+    def reset_caches(self) -> None:
+        """Forget what diffusers' caches hold of earlier steps; the branch that is announced stays so."""
+        from diffusers.hooks.faster_cache import FasterCacheBlockHook
+
+        for module in self.model.modules():
+            managers = [(one, one._context) for hook in _hooks(module) for one in _managers(hook)]
+            if "_diffusers_hook" in vars(module):
+                module._diffusers_hook.reset_stateful_hooks(recurse=False)
+            for hook in _hooks(module):
+                if isinstance(hook, FasterCacheBlockHook):
+                    # a count of 0 is one at which it would use what it does not have
+                    hook.state.iteration = hook.block_skip_range
+            for manager, context in managers:
+                manager.set_context(context)
+
+    def perturbed(self) -> frozenset[str]:
+        """Names of the layers that a guider has taken the scores from or leaves out, until it cleans up."""
+        return frozenset(name for name, *modules in self._places if any(map(_perturbs, chain(*map(_hooks, modules)))))
 
     def clear(self) -> None:
         """Back to idle between forwards."""
@@ -229,12 +254,12 @@ class Tap:
     @contextmanager
     def _cache_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
         """Record the name of the branch that a pipeline announces; the model's own context runs as before."""
-        outer, self.branch, self._context = (self.branch, self._context), name, kwargs
+        outer, self.branch = self.branch, name
         try:
             with original(name, **kwargs):
                 yield
         finally:
-            self.branch, self._context = outer
+            self.branch = outer
 
     def _put_shadow(self, owner: nn.Module, method: str, function: Callable[..., Any]) -> None:
         shadow = functools.partial(function, getattr(owner, method))
@@ -251,6 +276,26 @@ class Tap:
             else:
                 owner.__dict__[method] = before
         self._shadowed = []
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Diffusers' own hooks on a module."""
+    registry = vars(module).get("_diffusers_hook")
+    return [] if registry is None else list(registry.hooks.values())
+
+
+def _managers(hook: Any) -> list[Any]:
+    """What keeps a hook's state by branch."""
+    from diffusers.hooks.hooks import StateManager
+
+    return [one for one in vars(hook).values() if isinstance(one, StateManager)]
+
+
+def _perturbs(hook: Any) -> bool:
+    """A hook of diffusers' layer skipping; one with a dropout between 0 and 1 still runs the layer."""
+    from diffusers.hooks.layer_skip import AttentionProcessorSkipHook, TransformerBlockSkipHook
+
+    return isinstance(hook, (AttentionProcessorSkipHook, TransformerBlockSkipHook)) and hook.dropout == 1
 
 
 class _RootCall:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import guest_caches as caches
 import guest_checks as check
 import guest_kinds as kinds
 import torch
@@ -9,9 +10,15 @@ from guest_checks import Guest
 
 COMPILED_BLOCKS = "torch.compile of repeated blocks"
 NO_BLOCKS = {"sd3": "diffusers names no repeated blocks for it"}
+NO_CONTEXT = dict.fromkeys(("sd3", "unet"), "diffusers' caches of blocks are not made for it")
 NO_LORA = {"pixart": "diffusers' class takes no LoRA"}
 OWN_KERNEL = ("sd3", "unet", "auraflow", "cogview4", "pixart", "cogvideox")
 NO_DISPATCH = "its processors call PyTorch's kernel themselves"
+
+NO_HALVES = "diffusers' FasterCache fails on its outputs, which are no pictures"
+NO_FASTER = "diffusers finds none of its layers"
+CACHED = "layers that the cache skips keep what they gave under the same controls; it is emptied where those change"
+HALVES = "controls with branch='all' act"
 
 EVERYWHERE: dict[str, Guest] = {
     "LoRA loaded": Guest(kinds.once(kinds.lora), absent=NO_LORA),
@@ -46,5 +53,27 @@ GUESTS: dict[str, Guest] = {
     "torch.compile of the whole model, then attached": Guest(kinds.compiled),
     "attached, then torch.compile of the whole model": Guest(
         kinds.compiled, check.refused("torch.compile.model. first", before=True)
+    ),
+    "pyramid attention broadcast": Guest(caches.put(caches.pyramid()), caches.cached, note=CACHED),
+    "FasterCache, batch kept whole": Guest(
+        caches.put(caches.faster(is_guidance_distilled=True)),
+        caches.cached,
+        note=CACHED,
+        absent={"unet": NO_FASTER},
+    ),
+    "FasterCache, without the other half": Guest(
+        caches.put(caches.faster(), rows=2),
+        caches.refuses_halves,
+        note=HALVES,
+        absent={"unet": NO_FASTER, "flux": NO_HALVES},
+    ),
+    "first-block cache": Guest(caches.put(caches.first_block), caches.cached, note=CACHED, absent=NO_CONTEXT),
+    "TaylorSeer cache": Guest(caches.put(caches.taylor), caches.cached, note=CACHED, absent=NO_CONTEXT),
+    "MagCache": Guest(caches.put(caches.magnitude), caches.cached, note=CACHED, absent=NO_CONTEXT),
+    "diffusers' own PAG": Guest(
+        caches.perturbed,
+        caches.refuses_split_batches,
+        note="in its own layers; controls whose `layers` leave them out act",
+        absent={"flux": "diffusers has none for it"},
     ),
 }
