@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from .call import Act
 from .errors import LayoutError, UnsupportedModelError
 from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
-from .select import Layer
+from .select import Layer, describe
 
-__all__ = ["Tap", "check_model", "execution_device", "is_compiled"]
+__all__ = ["Tap", "check_model", "execution_device", "is_compiled", "stand_in", "stand_in_notes"]
 
 
 def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
@@ -54,7 +54,7 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
     foreign = {
         f"{type(layer.module.processor).__name__} at {layer.name}"
         for layer in layers
-        if not (layer.linear or calls_kernel(layer.module.processor))
+        if not (layer.linear or calls_kernel(layer.module.processor) or stand_in(layer.module) is not None)
     }
     if foreign:
         raise UnsupportedModelError(
@@ -62,6 +62,35 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
             f"their kernel cannot be met: {', '.join(sorted(foreign)[:4])}. Set processors that do, such as the "
             "model's own: AttnProcessor2_0() instead of sliced, bmm or xformers processors."
         )
+
+
+def stand_in(module: Any) -> Any:
+    """A processor whose kernel is met and that computes what the module's bmm, sliced or xformers processor does.
+
+    None where there is no need of one, or none: those processors ignore norms of queries and keys, and the one that
+    stands in ignores a scale of the module's own.
+    """
+    from diffusers.models import attention_processor as own
+
+    if type(module.processor) not in (own.AttnProcessor, own.SlicedAttnProcessor, own.XFormersAttnProcessor):
+        return None
+    plain = module.norm_q is None and module.norm_k is None and module.spatial_norm is None
+    if not plain or module.scale != (module.inner_dim // module.heads) ** -0.5:
+        return None
+    return own.AttnProcessor2_0()
+
+
+def stand_in_notes(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """Which processors have a stand-in where controls act, for reports."""
+    kinds: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if not layer.linear and stand_in(layer.module) is not None:
+            kinds.setdefault(type(layer.module.processor).__name__, []).append(layer)
+    return tuple(
+        f"AttnProcessor2_0 stands in for {kind} at {describe(found)} in the forwards in which controls act there: the "
+        "same attention by a kernel that can be met"
+        for kind, found in kinds.items()
+    )
 
 
 class Listener(Protocol):
@@ -109,6 +138,7 @@ class Tap:
         self._layer_handles: list[Any] = []
         self._shadows = dict(shadows)
         self._shadowed: list[tuple[nn.Module, str, Any, Any]] = []
+        self._stand_ins: list[tuple[Any, Any, Any]] = []
         self._call: _RootCall | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -123,7 +153,8 @@ class Tap:
             self._put_shadow(self.model.get_submodule(owner), method, function)
         if hasattr(self.model, "cache_context"):
             self._put_shadow(self.model, "cache_context", self._cache_context)
-        number = enter(self.model, [layer.module.processor for layer in self.layers])
+        # where there are stand-ins, theirs are the kernels to meet
+        number = enter(self.model, [stand_in(layer.module) or layer.module.processor for layer in self.layers])
         self._finalizer = weakref.finalize(self, leave, number)
         self._finalizer.atexit = False
 
@@ -145,6 +176,7 @@ class Tap:
     def remove(self) -> None:
         """Leave the model exactly as it was."""
         self.remove_hooks()
+        self._take_stand_ins()
         self._remove_root()
         for layer in self.layers:
             for name in ("_attnctrl", "_attnctrl_met"):
@@ -161,6 +193,7 @@ class Tap:
         for layer in self.layers:
             layer.module._attnctrl_met = False
             layer.module._attnctrl = acts.get(layer.name)
+            self._put_stand_in(layer)
 
     def unmet(self) -> tuple[Layer, ...]:
         """Layers with an act whose kernel was not called."""
@@ -203,6 +236,7 @@ class Tap:
     def clear(self) -> None:
         """Back to idle between forwards."""
         clear_scopes()
+        self._take_stand_ins()
         if self._finalizer is not None:
             for layer in self.layers:
                 layer.module._attnctrl = None
@@ -260,6 +294,18 @@ class Tap:
                 yield
         finally:
             self.branch = outer
+
+    def _put_stand_in(self, layer: Layer) -> None:
+        module = layer.module
+        if module._attnctrl is not None and (made := stand_in(module)) is not None:
+            self._stand_ins.append((module, module.processor, made))
+            module.processor = made
+
+    def _take_stand_ins(self) -> None:
+        for module, original, made in self._stand_ins:
+            if module.processor is made:
+                module.processor = original
+        self._stand_ins = []
 
     def _put_shadow(self, owner: nn.Module, method: str, function: Callable[..., Any]) -> None:
         shadow = functools.partial(function, getattr(owner, method))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from guest_checks import Enter
 from harness import Setting
 
@@ -57,6 +58,12 @@ def group_offload(setting: Setting) -> None:
 
 def fp8(setting: Setting) -> None:
     setting.model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def slow_processors(setting: Setting) -> None:
+    """Diffusers' bmm processor and its sliced one, by turns."""
+    for number, module in enumerate(x for x in setting.model.modules() if hasattr(x, "processor")):
+        module.processor = SlicedAttnProcessor(1) if number % 2 else AttnProcessor()
 
 
 def user_hooks(setting: Setting) -> None:

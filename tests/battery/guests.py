@@ -47,6 +47,11 @@ GUESTS: dict[str, Guest] = {
     ),
     "ControlNet residuals": Guest(kinds.once(kinds.residuals)),
     "IP-Adapter": Guest(kinds.ip_adapter, note="its own kernel calls stay untouched"),
+    "bmm and sliced processors": Guest(
+        kinds.once(kinds.slow_processors),
+        note="AttnProcessor2_0 stands in for them in the forwards in which controls act",
+        absent=dict.fromkeys(("flux", "sd3"), "they are not made for its layers"),
+    ),
     "a second attachment": Guest(kinds.nothing, check.nested, note="the stacks act together and leave in any order"),
     f"{COMPILED_BLOCKS}, then attached": Guest(kinds.compiled_blocks, absent=NO_BLOCKS),
     f"attached, then {COMPILED_BLOCKS}": Guest(kinds.compiled_blocks, check.acts_before, absent=NO_BLOCKS),
