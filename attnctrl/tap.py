@@ -221,7 +221,7 @@ class Tap:
         for module in self.model.modules():
             managers = [(one, one._context) for hook in _hooks(module) for one in _managers(hook)]
             if "_diffusers_hook" in vars(module):
-                module._diffusers_hook.reset_stateful_hooks(recurse=False)
+                vars(module)["_diffusers_hook"].reset_stateful_hooks(recurse=False)
             for hook in _hooks(module):
                 if isinstance(hook, FasterCacheBlockHook):
                     # a count of 0 is one at which it would use what it does not have
