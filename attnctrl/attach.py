@@ -20,6 +20,7 @@ from .engine import Entry, engine_of
 from .errors import ControlError, UnsupportedModelError
 from .schedule import window_to_json
 from .select import Layer, describe
+from .tap import stand_in_notes
 
 __all__ = ["ControlReport", "Handle", "Report", "as_controls", "attach", "parts_of"]
 
@@ -47,16 +48,23 @@ class Report:
         forwards: forwards of the model.
         controls: one entry per control, in list order.
         warnings: controls that were there and never acted.
+        notes: processors that others stand in for where controls act.
     """
 
     forwards: int
     controls: tuple[ControlReport, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
         controls = [{**vars(one), "steps": list(one.steps), "plans": list(one.plans)} for one in self.controls]
-        return {"forwards": self.forwards, "controls": controls, "warnings": list(self.warnings)}
+        return {
+            "forwards": self.forwards,
+            "controls": controls,
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.forwards} forwards"]
@@ -67,7 +75,8 @@ class Report:
             steps = f", steps {_spans(one.steps)}" if one.steps else ""
             lines.append(f"{one.name}: {one.layers}; branch {one.branch}; acted in {one.forwards} forwards{steps}")
             lines += [f"  {plan}" for plan in one.plans]
-        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+        more = [*(f"note: {text}" for text in self.notes), *(f"warning: {text}" for text in self.warnings)]
+        return "\n".join([*lines, *more])
 
 
 class Handle:
@@ -111,9 +120,11 @@ class Handle:
             if self._entry.forwards and seat is not None and seat.forwards == 0:
                 silent.append(
                     f"'{control.name}' (window {window_to_json(control.window)}, branch {control.branch}) acted in "
-                    f"none of {self._entry.forwards} forwards. Its window or branch never came."
+                    f"none of {self._entry.forwards} forwards. {_why_silent(seat.skipped)}"
                 )
-        return Report(self._entry.forwards, tuple(reports), tuple(silent))
+        selected = {name for seat in seats.values() for name in seat.layers}
+        notes = stand_in_notes([layer for layer in self._engine.layers if layer.name in selected])
+        return Report(self._entry.forwards, tuple(reports), tuple(silent), notes)
 
     def detach(self) -> None:
         """Take the controls off; warns of those that never acted. A second call does nothing."""
@@ -204,6 +215,15 @@ def as_controls(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     if strangers:
         raise ControlError(f"A stack holds controls such as Regions([...]) or Isolate(); found {', '.join(strangers)}.")
     return stack
+
+
+def _why_silent(skipped: int) -> str:
+    if not skipped:
+        return "Its window or branch never came."
+    return (
+        f"In {skipped} it was due, but a cache or a guider left its layers out. Call model.disable_cache(), or give it "
+        "other layers."
+    )
 
 
 def _spans(steps: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
 from .select import select
-from .tap import check_model
+from .tap import check_model, stand_in
 
 __all__ = ["ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors", "set_processors"]
 
@@ -124,7 +124,7 @@ def processors(
     for layer in engine.layers:
         processor = layer.module.processor
         if layer.name in wrapped:
-            processor = _around(kind, processor, stack, entry)
+            processor = _around(kind, stand_in(layer.module) or processor, stack, entry)
             alive.add(processor)
         made[f"{layer.name}.processor"] = processor
     if not wrapped:

@@ -31,12 +31,16 @@ _CACHED_PLANS = 256
 
 @dataclass(eq=False)
 class Seat:
-    """One control of a stack: the layers it selected, and what it has done so far."""
+    """One control of a stack: the layers it selected, and what it has done so far.
+
+    `skipped` counts the forwards in which it was due and none of its layers ran.
+    """
 
     control: Control
     layers: frozenset[str]
     steps: set[int] = field(default_factory=set)
     forwards: int = 0
+    skipped: int = 0
     plans: set[str] = field(default_factory=set)
 
 

@@ -18,6 +18,7 @@ from ..select import Layer
 
 __all__ = [
     "Arguments",
+    "Carrier",
     "Family",
     "Text",
     "all_families",
@@ -36,6 +37,23 @@ __all__ = [
 Arguments = dict[str, Any]
 Text = Tensor | Sequence[Tensor]
 """Encoded prompts: [B, tokens, channels], or [tokens, channels] per row."""
+
+
+class Carrier(list):
+    """A list among a model's arguments that carries more, as attributes, on its way to where the model uses it.
+
+    Offloading hooks rebuild lists when they move arguments to a device, unless these move themselves.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Carrier:
+        """The same on another device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(*args, **kwargs) if isinstance(value, Tensor) else value
+
+        made = type(self)(map(moved, self))
+        vars(made).update({name: moved(value) for name, value in vars(self).items()})
+        return made
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from ..layout import Measures, Slots
 from ..phrases import Reader
 from ..region import by
 from ..rotary import Rotary
-from . import Arguments, Family, append_to, joint, stacks
+from . import Arguments, Carrier, Family, append_to, joint, stacks
 
 
-class _Shapes(list):
+class _Shapes(Carrier):
     """`img_shapes`, with the slots of appended texts on their way to the model's position table."""
 
     slots: tuple[int, ...] = ()

@@ -18,13 +18,13 @@ from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures, Slots
 from ..phrases import Reader
 from ..rotary import Rotary
-from . import Arguments, Family, stacks
+from . import Arguments, Carrier, Family, stacks
 
 _MULTIPLE = 32
 _MOST = 512
 
 
-class _Captions(list):
+class _Captions(Carrier):
     """`cap_feats`, with further texts of the rows on their way to the model's packing."""
 
     texts: Tensor
