@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .call import Row
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .execute import Host
@@ -17,6 +18,7 @@ from .kernels import MASKING, backend_name
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
 from .region import Region
+from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
@@ -98,7 +100,7 @@ class Engine:
         self._owner: list[Entry] = []
         self._place = Place(self.family)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
-        self._pending: tuple[Acts, Moment, frozenset[str]] | None = None
+        self._pending: tuple[Acts, Moment, frozenset[str], Sequence[tuple[Row, tuple[int, ...]]]] | None = None
         self._warned: set[str] = set()
         self._acted: dict[Branches, Any] = {}
         self._last: Any = None
@@ -113,6 +115,7 @@ class Engine:
         check_model(self.model, self.layers)
         self._rebuild([*self.entries, entry])
         entry.attached = True
+        arrived(self, entry)
         if len(self.entries) == 1:
             self.model.__dict__[_SEAT] = self
             self.tap.install()
@@ -124,6 +127,7 @@ class Engine:
         """Take an entry off; the last one takes everything off the model."""
         if entry not in self.entries:
             return
+        left(self, entry)
         entry.attached = False
         self._forget()
         rest = [one for one in self.entries if one is not entry]
@@ -175,8 +179,7 @@ class Engine:
         self._note(branches, (present, *active.values()))
         if not any(active.values()):
             return None
-        whose = [(row.sample, active[row.branch]) for row in rows]
-        return self._control(arguments, whose, moment, present)
+        return self._control(arguments, [(row, active[row.branch]) for row in rows], moment, present)
 
     def after(self, finished: bool) -> None:
         """Account for the forward that ended.
@@ -191,7 +194,7 @@ class Engine:
             entry.forwards += 1
         if pending is None:
             return
-        acts, moment, left_out = pending
+        acts, moment, left_out, acting = pending
         unmet = self.tap.unmet()
         silent = [layer for layer in unmet if layer.name not in left_out]
         if silent and not self._caches_blocks():
@@ -204,22 +207,25 @@ class Engine:
         missed = left_out | {layer.name for layer in unmet}
         for number, seat in enumerate(self.stack.seats):
             due = {name: act for name, (act, seats) in acts.items() if number in seats}
-            mine = [act for name, act in due.items() if name not in missed]
+            mine = {name: act for name, act in due.items() if name not in missed}
             if not mine:
                 seat.skipped += bool(due)
                 continue
             seat.forwards += 1
+            seat.acted.update(mine)
+            seat.rows.update(row for row, seats in acting if number in seats)
             if moment.step is not None:
                 seat.steps.add(moment.step)
-            seat.plans.update(plan.explain() for act in mine for _, plan in act.parts if plan is not None)
+            seat.plans.update(plan.explain() for act in mine.values() for _, plan in act.parts if plan is not None)
 
     def _control(
         self,
         arguments: dict[str, Any],
-        rows: list[tuple[int, tuple[int, ...]]],
+        acting: list[tuple[Row, tuple[int, ...]]],
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
+        rows = [(row.sample, seats) for row, seats in acting]
         if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise UnsupportedModelError(
                 "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
@@ -245,7 +251,7 @@ class Engine:
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})
         left_out = perturbed | {layer.name for layer in self.layers if layer.index in skipped}
-        self._pending = (acts, moment, left_out)
+        self._pending = (acts, moment, left_out, acting)
         return arguments
 
     def _host(self, device: torch.device) -> Host:

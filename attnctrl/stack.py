@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Act, Situation, build_plan
+from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
@@ -39,6 +39,8 @@ class Seat:
     control: Control
     layers: frozenset[str]
     steps: set[int] = field(default_factory=set)
+    rows: set[Row] = field(default_factory=set)
+    acted: set[str] = field(default_factory=set)
     forwards: int = 0
     skipped: int = 0
     plans: set[str] = field(default_factory=set)
