@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attach import Handle, Report, attach
+    from .attach import Handle, attach
     from .controls import Control, Isolate, Regions
     from .errors import (
         AssetError,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         set_processors,
     )
     from .region import Region
+    from .report import Report, report
     from .schedule import Sigma
 
 __all__ = [
@@ -67,11 +68,12 @@ __all__ = [
     "explain",
     "phrase_spans",
     "processors",
+    "report",
     "set_processors",
 ]
 
 _HOMES = {
-    "attach": ("Handle", "Report", "attach"),
+    "attach": ("Handle", "attach"),
     "controls": ("Control", "Isolate", "Regions"),
     "explain": ("Explanation", "explain"),
     "phrases": ("phrase_spans",),
@@ -83,6 +85,7 @@ _HOMES = {
         "processors",
         "set_processors",
     ),
+    "report": ("Report", "report"),
     "schedule": ("Sigma",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

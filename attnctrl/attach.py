@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,56 +17,9 @@ from torch import nn
 from .controls.base import Control
 from .engine import Entry, engine_of
 from .errors import ControlError, UnsupportedModelError
-from .schedule import window_to_json
-from .select import Layer, describe
+from .report import Report, report_of
 
-__all__ = ["ControlReport", "Handle", "Report", "as_controls", "attach", "parts_of"]
-
-
-@dataclass(frozen=True)
-class ControlReport:
-    """What one control did: the layers it selected, the forwards and steps it acted in, its plans."""
-
-    name: str
-    layers: str
-    window: Any
-    branch: str
-    strength: float
-    idle: bool
-    forwards: int
-    steps: tuple[int, ...]
-    plans: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What acted where since attaching.
-
-    Attributes:
-        forwards: forwards of the model.
-        controls: one entry per control, in list order.
-        warnings: controls that were there and never acted.
-    """
-
-    forwards: int
-    controls: tuple[ControlReport, ...]
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
-        controls = [{**vars(one), "steps": list(one.steps), "plans": list(one.plans)} for one in self.controls]
-        return {"forwards": self.forwards, "controls": controls, "warnings": list(self.warnings)}
-
-    def __str__(self) -> str:
-        lines = [f"{self.forwards} forwards"]
-        for one in self.controls:
-            if one.idle:
-                lines.append(f"{one.name}: idle")
-                continue
-            steps = f", steps {_spans(one.steps)}" if one.steps else ""
-            lines.append(f"{one.name}: {one.layers}; branch {one.branch}; acted in {one.forwards} forwards{steps}")
-            lines += [f"  {plan}" for plan in one.plans]
-        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+__all__ = ["Handle", "as_controls", "attach", "parts_of"]
 
 
 class Handle:
@@ -88,32 +40,7 @@ class Handle:
 
     def report(self) -> Report:
         """What each control did so far."""
-        seats = {id(seat.control): seat for seat in self._entry.seats}
-        reports, silent = [], []
-        for control in self.controls:
-            seat = seats.get(id(control))
-            layers: tuple[Layer, ...] = tuple(
-                x for x in self._engine.layers if seat is not None and x.name in seat.layers
-            )
-            reports.append(
-                ControlReport(
-                    name=control.name,
-                    layers=describe(layers),
-                    window=window_to_json(control.window),
-                    branch=control.branch,
-                    strength=control.strength,
-                    idle=control.is_idle,
-                    forwards=seat.forwards if seat else 0,
-                    steps=tuple(sorted(seat.steps)) if seat else (),
-                    plans=tuple(sorted(seat.plans)) if seat else (),
-                )
-            )
-            if self._entry.forwards and seat is not None and seat.forwards == 0:
-                silent.append(
-                    f"'{control.name}' (window {window_to_json(control.window)}, branch {control.branch}) acted in "
-                    f"none of {self._entry.forwards} forwards. Its window or branch never came."
-                )
-        return Report(self._entry.forwards, tuple(reports), tuple(silent))
+        return report_of(self._engine, self._entry)
 
     def detach(self) -> None:
         """Take the controls off; warns of those that never acted. A second call does nothing."""
@@ -204,8 +131,3 @@ def as_controls(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     if strangers:
         raise ControlError(f"A stack holds controls such as Regions([...]) or Isolate(); found {', '.join(strangers)}.")
     return stack
-
-
-def _spans(steps: Sequence[int]) -> str:
-    """Steps in short form, all of one stack: "0-13"."""
-    return describe([Layer(str(step), "", step) for step in steps]).removeprefix(":")

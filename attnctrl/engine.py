@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .call import Row
 from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .execute import Host
@@ -17,6 +18,7 @@ from .kernels import MASKING, backend_name
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
 from .region import Region
+from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
@@ -25,6 +27,10 @@ from .tap import Tap, check_model, execution_device, is_compiled
 __all__ = ["Engine", "Entry", "engine_of"]
 
 _SEAT = "_attnctrl_engine"
+_SHARED = (
+    "The model's cache keeps one output of a layer for all guidance branches, which these controls tell apart: it is "
+    "emptied before each forward and saves nothing."
+)
 
 
 class Entry:
@@ -94,9 +100,10 @@ class Engine:
         self._owner: list[Entry] = []
         self._place = Place(self.family)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
-        self._pending: tuple[Acts, Moment, Sequence[int]] | None = None
+        self._pending: tuple[Acts, Moment, frozenset[str], Sequence[tuple[Row, tuple[int, ...]]]] | None = None
         self._warned: set[str] = set()
-        self._appended: dict[Branches, int] = {}
+        self._acted: dict[Branches, Any] = {}
+        self._last: Any = None
         self._text: tuple[Any, Tensor] | None = None
 
     def add(self, entry: Entry) -> None:
@@ -108,17 +115,21 @@ class Engine:
         check_model(self.model, self.layers)
         self._rebuild([*self.entries, entry])
         entry.attached = True
+        arrived(self, entry)
         if len(self.entries) == 1:
             self.model.__dict__[_SEAT] = self
             self.tap.install()
         if entry.layers_present is None:
             self.tap.install_hooks()
+        self._forget()
 
     def remove(self, entry: Entry) -> None:
         """Take an entry off; the last one takes everything off the model."""
         if entry not in self.entries:
             return
+        left(self, entry)
         entry.attached = False
+        self._forget()
         rest = [one for one in self.entries if one is not entry]
         if not rest:
             self.entries = []
@@ -165,11 +176,10 @@ class Engine:
         branches = self._branches(arguments, scheduler)
         rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
+        self._note(branches, (present, *active.values()))
         if not any(active.values()):
-            self._note_length(branches, 0)
             return None
-        whose = [(row.sample, active[row.branch]) for row in rows]
-        return self._control(arguments, whose, branches, moment, present)
+        return self._control(arguments, [(row, active[row.branch]) for row in rows], moment, present)
 
     def after(self, finished: bool) -> None:
         """Account for the forward that ended.
@@ -184,9 +194,9 @@ class Engine:
             entry.forwards += 1
         if pending is None:
             return
-        acts, moment, skipped = pending
+        acts, moment, left_out, acting = pending
         unmet = self.tap.unmet()
-        silent = [layer for layer in unmet if layer.index not in skipped]
+        silent = [layer for layer in unmet if layer.name not in left_out]
         if silent and not self._caches_blocks():
             raise SilentControlError(
                 f"{len(silent)} of {len(acts)} controlled layers called no attention kernel that could be met: "
@@ -194,43 +204,54 @@ class Engine:
                 "processors were replaced, or the model was compiled in a way that leaves hooks out. Attach before "
                 "compiling, or attach again."
             )
-        missed = {layer.name for layer in unmet}
+        missed = left_out | {layer.name for layer in unmet}
         for number, seat in enumerate(self.stack.seats):
-            mine = [act for name, (act, seats) in acts.items() if number in seats and name not in missed]
+            due = {name: act for name, (act, seats) in acts.items() if number in seats}
+            mine = {name: act for name, act in due.items() if name not in missed}
             if not mine:
+                seat.skipped += bool(due)
                 continue
             seat.forwards += 1
+            seat.acted.update(mine)
+            seat.rows.update(row for row, seats in acting if number in seats)
             if moment.step is not None:
                 seat.steps.add(moment.step)
-            seat.plans.update(plan.explain() for act in mine for _, plan in act.parts if plan is not None)
+            seat.plans.update(plan.explain() for act in mine.values() for _, plan in act.parts if plan is not None)
 
     def _control(
         self,
         arguments: dict[str, Any],
-        rows: list[tuple[int, tuple[int, ...]]],
-        branches: Branches,
+        acting: list[tuple[Row, tuple[int, ...]]],
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
+        rows = [(row.sample, seats) for row, seats in acting]
         if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise UnsupportedModelError(
                 "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
                 "model.disable_gradient_checkpointing(), or run under torch.no_grad()."
+            )
+        if len(set(rows)) > 1 and self.tap.halves_batches():
+            raise UnsupportedModelError(
+                "FasterCache runs some steps on the prompt's half of the batch, and these controls tell its rows apart "
+                "from the others. Give them branch='all', or the cache is_guidance_distilled=True, which keeps the "
+                "batch whole."
             )
         frames, position = self._frames(arguments), self.family.position
         device = execution_device(self.model, arguments[self.family.hidden][0])
         variants, slots = self.stack.variants(
             frames, rows, lambda region: self._embeds(region).shape[0], aligned=position is not None
         )
-        appended = sum(slots)
-        self._note_length(branches, appended)
-        if appended:
+        if appended := slots.tokens:
             texts = self._texts(self.family.text(arguments)[0], variants, appended)
             arguments = self.family.append_text(arguments if position is None else position(arguments, slots), texts)
         acts = self.stack.acts(variants, device, present, self._host(device))
         self._warn_of_masks(acts)
-        self.tap.assign({name: act for name, (act, _) in acts.items()})
-        self._pending = (acts, moment, skipped_blocks(arguments))
+        # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
+        perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
+        self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})
+        left_out = perturbed | {layer.name for layer in self.layers if layer.index in skipped}
+        self._pending = (acts, moment, left_out, acting)
         return arguments
 
     def _host(self, device: torch.device) -> Host:
@@ -302,8 +323,10 @@ class Engine:
         given = next((entry.branches for entry in self.entries if entry.branches), ())
         if given:
             return given
-        if self.tap.branch in self.family.branches:
-            return (self.tap.branch,)
+        # diffusers' guiders announce a branch as "pred_cond"
+        announced = (self.tap.branch or "").removeprefix("pred_")
+        if announced in self.family.branches:
+            return (announced,)
         batch = self.family.batch and self._place.batch(arguments, [entry.pipe for entry in self.entries])
         if batch:
             return batch
@@ -313,13 +336,24 @@ class Engine:
 
     def _caches_blocks(self) -> bool:
         """Diffusers' caching skips layers in some steps."""
-        return bool(getattr(self.model, "is_cache_enabled", False))
+        return bool(getattr(self.model, "is_cache_enabled", False)) or self.tap.has_caches()
 
-    def _note_length(self, branches: Branches, appended: int) -> None:
-        """Outputs that a cache kept of a longer or shorter sequence do not fit this one."""
-        before, self._appended[branches] = self._appended.get(branches, appended), appended
-        if before != appended and self._caches_blocks():
+    def _note(self, branches: Branches, acting: tuple[Any, ...]) -> None:
+        """What a cache kept of other controls must not stand in for this forward's."""
+        before, self._acted[branches] = self._acted.get(branches, acting), acting
+        last, self._last = self._last, acting
+        if before != acting:
             self.tap.reset_caches()
+        elif last not in (None, acting) and self.tap.shares_caches():
+            self.tap.reset_caches()
+            if _SHARED not in self._warned:
+                self._warned.add(_SHARED)
+                warnings.warn(f"{_SHARED} Use branch='all', or a cache of blocks such as first-block.", stacklevel=2)
+
+    def _forget(self) -> None:
+        """What caches keep is of other controls than those to come."""
+        self._acted, self._last = {}, None
+        self.tap.reset_caches()
 
     def _warn_of_masks(self, acts: Acts) -> None:
         for layer in self.layers:

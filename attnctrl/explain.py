@@ -25,6 +25,7 @@ from .region import Grid, Region
 from .schedule import Moment
 from .select import Layer, describe
 from .stack import Stack, Variant
+from .tap import stand_in_notes
 
 __all__ = ["Explanation", "explain"]
 
@@ -119,7 +120,8 @@ def explain(
     family = family_of(model)
     whole = as_controls(controls)
     stack = Stack(whole, family.layers(model), family.presets)
-    notes: list[str] = []
+    selected = {name for seat in stack.seats for name in seat.layers}
+    notes = list(stand_in_notes([layer for layer in stack.layers if layer.name in selected]))
     size = grid or _grid(pipe, family, width, height)
     frames = family.arrange(model, Measures(text_tokens, size, tuple(references)))
     levels = tuple(sigmas) if sigmas is not None else tuple(1 - i / steps for i in range(steps))

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import LayoutError
 from .region import Grid, Region, by
 
-__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "TokenRange", "partition"]
+__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "Slots", "TokenRange", "partition"]
 
 Kind = Literal["global", "region_text", "pad", "image", "reference", "register"]
 
@@ -41,6 +41,20 @@ class Measures:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """The room of appended texts: the n-th ones of all rows begin at one place and take `sizes[n]` tokens, of which the
+    text of a row fills the first `lengths[row][n]`.
+    """
+
+    sizes: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
 class TokenRange:
     """Tokens [start, stop) of a sequence under one name; `grid` when they are a picture or a film in raster order."""
 
@@ -57,12 +71,12 @@ class TokenRange:
 class Layout:
     """The token ranges of one forward, in sequence order without gaps.
 
-    Names: "text.global" (the prompt), "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch),
-    "image" (the latents, with their grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned
-    tokens that stand for nothing; "text.registers" and "image.registers" where they fill up a text or a picture),
-    "padding" (filling up a row of the batch, which the model masks by itself). `fixed`: further texts take the place of
-    the prompt's last tokens, and a row with shorter texts keeps more of those. `closed`: why there can be no further
-    texts.
+    Names: "text.global" (the prompt), "text.glyphs" (its words to be drawn, where they stand by themselves),
+    "text.region<r>" (texts appended by controls), "text.pad" (filling up a batch), "image" (the latents, with their
+    grid), "reference.<k>" (reference pictures, with theirs), "registers" (learned tokens that stand for nothing;
+    "text.registers" and "image.registers" where they fill up a text or a picture), "padding" (filling up a row of the
+    batch, which the model masks by itself). `fixed`: further texts take the place of the prompt's last tokens, and a
+    row with shorter texts keeps more of those. `closed`: why there can be no further texts.
     """
 
     ranges: tuple[TokenRange, ...]

@@ -19,7 +19,7 @@ from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
 from .select import select
-from .tap import check_model
+from .tap import check_model, stand_in
 
 __all__ = ["ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors", "set_processors"]
 
@@ -119,11 +119,12 @@ def processors(
     kind = _NAMED.get(type(stack[0]), ControlledAttnProcessor) if len(stack) == 1 else ControlledAttnProcessor
     alive: weakref.WeakSet[ControlledAttnProcessor] = weakref.WeakSet()
     entry = Entry(stack, pipe, scheduler, _presence(engine, alive), branches, own_kernels)
-    made = {}
+    # set_attn_processor wants one for each attention module, also for those of text refiners, which nobody controls
+    made = dict(getattr(model, "attn_processors", {}))
     for layer in engine.layers:
         processor = layer.module.processor
         if layer.name in wrapped:
-            processor = _around(kind, processor, stack, entry)
+            processor = _around(kind, stand_in(layer.module) or processor, stack, entry)
             alive.add(processor)
         made[f"{layer.name}.processor"] = processor
     if not wrapped:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Act, Situation, build_plan
+from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
-from .layout import Frames
+from .layout import Frames, Slots
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
@@ -31,12 +31,18 @@ _CACHED_PLANS = 256
 
 @dataclass(eq=False)
 class Seat:
-    """One control of a stack: the layers it selected, and what it has done so far."""
+    """One control of a stack: the layers it selected, and what it has done so far.
+
+    `skipped` counts the forwards in which it was due and none of its layers ran.
+    """
 
     control: Control
     layers: frozenset[str]
     steps: set[int] = field(default_factory=set)
+    rows: set[Row] = field(default_factory=set)
+    acted: set[str] = field(default_factory=set)
     forwards: int = 0
+    skipped: int = 0
     plans: set[str] = field(default_factory=set)
 
 
@@ -154,7 +160,7 @@ class Stack:
         rows: Sequence[tuple[int, tuple[int, ...]]],
         length: Callable[[Region], int],
         aligned: bool = False,
-    ) -> tuple[list[Variant], tuple[int, ...]]:
+    ) -> tuple[list[Variant], Slots]:
         """The variant of each row, all of one length.
 
         Args:
@@ -164,22 +170,23 @@ class Stack:
             aligned: the n-th texts of all rows begin at the same slot.
 
         Returns:
-            (one variant per row, the slots for appended texts by their tokens: one for all, or one for each n-th text
-            when they are aligned).
+            (one variant per row, the slots for appended texts: one for all, or one for each n-th text when they are
+            aligned).
         """
         texts = {
             row: [(f"text.region{number}", length(region)) for number, region in self.texts(*row)]
             for row in dict.fromkeys(rows)
         }
-        counts = [[count for _, count in found] for found in texts.values()]
+        counts = {row: [count for _, count in found] for row, found in texts.items()}
         if not aligned:
-            counts = [[sum(count)] if count else [] for count in counts]
-        slots = tuple(max(nth) for nth in zip_longest(*counts, fillvalue=0))
-        filled = {row: _filled(found, slots, aligned) for row, found in texts.items()}
+            counts = {row: [sum(count)] if count else [] for row, count in counts.items()}
+        sizes = tuple(max(nth) for nth in zip_longest(*counts.values(), fillvalue=0))
+        lengths = tuple((*counts[row], *[0] * (len(sizes) - len(counts[row]))) for row in rows)
+        filled = {row: _filled(found, sizes, aligned) for row, found in texts.items()}
         each = frames if len(frames) == len(rows) else [frames[0]] * len(rows)
         pairs = list(zip(rows, each, strict=True))
         made = {(row, own): Variant(*row, own.with_texts(filled[row])) for row, own in dict.fromkeys(pairs)}
-        return [made[pair] for pair in pairs], slots
+        return [made[pair] for pair in pairs], Slots(sizes, lengths)
 
     def situation(self, variant: Variant, frame: str) -> Situation:
         """What controls are told about a variant in the layers of a frame; built once.

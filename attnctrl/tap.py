@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from .call import Act
 from .errors import LayoutError, UnsupportedModelError
 from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
-from .select import Layer
+from .select import Layer, describe
 
-__all__ = ["Tap", "check_model", "execution_device", "is_compiled"]
+__all__ = ["Tap", "check_model", "execution_device", "is_compiled", "stand_in", "stand_in_notes"]
 
 
 def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
@@ -53,7 +54,7 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
     foreign = {
         f"{type(layer.module.processor).__name__} at {layer.name}"
         for layer in layers
-        if not (layer.linear or calls_kernel(layer.module.processor))
+        if not (layer.linear or calls_kernel(layer.module.processor) or stand_in(layer.module) is not None)
     }
     if foreign:
         raise UnsupportedModelError(
@@ -61,6 +62,35 @@ def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
             f"their kernel cannot be met: {', '.join(sorted(foreign)[:4])}. Set processors that do, such as the "
             "model's own: AttnProcessor2_0() instead of sliced, bmm or xformers processors."
         )
+
+
+def stand_in(module: Any) -> Any:
+    """A processor whose kernel is met and that computes what the module's bmm, sliced or xformers processor does.
+
+    None where there is no need of one, or none: those processors ignore norms of queries and keys, and the one that
+    stands in ignores a scale of the module's own.
+    """
+    from diffusers.models import attention_processor as own
+
+    if type(module.processor) not in (own.AttnProcessor, own.SlicedAttnProcessor, own.XFormersAttnProcessor):
+        return None
+    plain = module.norm_q is None and module.norm_k is None and module.spatial_norm is None
+    if not plain or module.scale != (module.inner_dim // module.heads) ** -0.5:
+        return None
+    return own.AttnProcessor2_0()
+
+
+def stand_in_notes(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """Which processors have a stand-in where controls act, for reports."""
+    kinds: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if not layer.linear and stand_in(layer.module) is not None:
+            kinds.setdefault(type(layer.module.processor).__name__, []).append(layer)
+    return tuple(
+        f"AttnProcessor2_0 stands in for {kind} at {describe(found)} in the forwards in which controls act there: the "
+        "same attention by a kernel that can be met"
+        for kind, found in kinds.items()
+    )
 
 
 class Listener(Protocol):
@@ -101,12 +131,14 @@ class Tap:
         self.layers = tuple(layers)
         self.listener = listener
         self.branch: str | None = None
-        self._context: dict[str, Any] = {}
         self._signature = signature(type(model).forward)
+        # each layer by name, with the block that it sits in
+        self._places = [(x.name, x.module, model.get_submodule(x.name.rpartition(".")[0])) for x in self.layers]
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
         self._shadows = dict(shadows)
         self._shadowed: list[tuple[nn.Module, str, Any, Any]] = []
+        self._stand_ins: list[tuple[Any, Any, Any]] = []
         self._call: _RootCall | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -121,7 +153,8 @@ class Tap:
             self._put_shadow(self.model.get_submodule(owner), method, function)
         if hasattr(self.model, "cache_context"):
             self._put_shadow(self.model, "cache_context", self._cache_context)
-        number = enter(self.model, [layer.module.processor for layer in self.layers])
+        # where there are stand-ins, theirs are the kernels to meet
+        number = enter(self.model, [stand_in(layer.module) or layer.module.processor for layer in self.layers])
         self._finalizer = weakref.finalize(self, leave, number)
         self._finalizer.atexit = False
 
@@ -143,6 +176,7 @@ class Tap:
     def remove(self) -> None:
         """Leave the model exactly as it was."""
         self.remove_hooks()
+        self._take_stand_ins()
         self._remove_root()
         for layer in self.layers:
             for name in ("_attnctrl", "_attnctrl_met"):
@@ -159,6 +193,7 @@ class Tap:
         for layer in self.layers:
             layer.module._attnctrl_met = False
             layer.module._attnctrl = acts.get(layer.name)
+            self._put_stand_in(layer)
 
     def unmet(self) -> tuple[Layer, ...]:
         """Layers with an act whose kernel was not called."""
@@ -166,18 +201,42 @@ class Tap:
             layer for layer in self.layers if layer.module._attnctrl is not None and not layer.module._attnctrl_met
         )
 
-    def reset_caches(self) -> None:
-        """Forget what diffusers' caches hold of earlier steps, within the branch that is running."""
-        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+    def has_caches(self) -> bool:
+        """Hooks of diffusers on the model keep outputs of earlier steps."""
+        return any(hook._is_stateful for module in self.model.modules() for hook in _hooks(module))
 
-        model: Any = self.model
-        model._reset_stateful_cache()
-        if self.branch is not None:
-            _set_cache_context(model, CacheContext(self.branch, **self._context))
+    def shares_caches(self) -> bool:
+        """What is kept of attention layers is not told apart by guidance branch."""
+        hooks = (hook for layer in self.layers for hook in _hooks(layer.module))
+        return any(hook._is_stateful and not _managers(hook) for hook in hooks)
+
+    def halves_batches(self) -> bool:
+        """FasterCache runs the layers on the prompt's rows alone in some steps."""
+        return any(not getattr(hook, "is_guidance_distilled", True) for hook in _hooks(self.model))
+
+    def reset_caches(self) -> None:
+        """Forget what diffusers' caches hold of earlier steps; the branch that is announced stays so."""
+        from diffusers.hooks.faster_cache import FasterCacheBlockHook
+
+        for module in self.model.modules():
+            managers = [(one, one._context) for hook in _hooks(module) for one in _managers(hook)]
+            if "_diffusers_hook" in vars(module):
+                vars(module)["_diffusers_hook"].reset_stateful_hooks(recurse=False)
+            for hook in _hooks(module):
+                if isinstance(hook, FasterCacheBlockHook):
+                    # a count of 0 is one at which it would use what it does not have
+                    hook.state.iteration = hook.block_skip_range
+            for manager, context in managers:
+                manager.set_context(context)
+
+    def perturbed(self) -> frozenset[str]:
+        """Names of the layers that a guider has taken the scores from or leaves out, until it cleans up."""
+        return frozenset(name for name, *modules in self._places if any(map(_perturbs, chain(*map(_hooks, modules)))))
 
     def clear(self) -> None:
         """Back to idle between forwards."""
         clear_scopes()
+        self._take_stand_ins()
         if self._finalizer is not None:
             for layer in self.layers:
                 layer.module._attnctrl = None
@@ -229,12 +288,24 @@ class Tap:
     @contextmanager
     def _cache_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
         """Record the name of the branch that a pipeline announces; the model's own context runs as before."""
-        outer, self.branch, self._context = (self.branch, self._context), name, kwargs
+        outer, self.branch = self.branch, name
         try:
             with original(name, **kwargs):
                 yield
         finally:
-            self.branch, self._context = outer
+            self.branch = outer
+
+    def _put_stand_in(self, layer: Layer) -> None:
+        module = layer.module
+        if module._attnctrl is not None and (made := stand_in(module)) is not None:
+            self._stand_ins.append((module, module.processor, made))
+            module.processor = made
+
+    def _take_stand_ins(self) -> None:
+        for module, original, made in self._stand_ins:
+            if module.processor is made:
+                module.processor = original
+        self._stand_ins = []
 
     def _put_shadow(self, owner: nn.Module, method: str, function: Callable[..., Any]) -> None:
         shadow = functools.partial(function, getattr(owner, method))
@@ -251,6 +322,26 @@ class Tap:
             else:
                 owner.__dict__[method] = before
         self._shadowed = []
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Diffusers' own hooks on a module."""
+    registry = vars(module).get("_diffusers_hook")
+    return [] if registry is None else list(registry.hooks.values())
+
+
+def _managers(hook: Any) -> list[Any]:
+    """What keeps a hook's state by branch."""
+    from diffusers.hooks.hooks import StateManager
+
+    return [one for one in vars(hook).values() if isinstance(one, StateManager)]
+
+
+def _perturbs(hook: Any) -> bool:
+    """A hook of diffusers' layer skipping; one with a dropout between 0 and 1 still runs the layer."""
+    from diffusers.hooks.layer_skip import AttentionProcessorSkipHook, TransformerBlockSkipHook
+
+    return isinstance(hook, (AttentionProcessorSkipHook, TransformerBlockSkipHook)) and hook.dropout == 1
 
 
 class _RootCall:

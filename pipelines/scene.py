@@ -142,14 +142,17 @@ class ScenePipeline:
         generator = torch.Generator("cpu").manual_seed(seed)
         with attnctrl.attach(pipe, controls) if controls else nullcontext() as handle:
             image = pipe(**arguments, generator=generator).images[0]
-            report = str(handle.report()) if handle is not None else ""
+            report = handle.report() if handle is not None else None
         names = scene.file_names()
         return ScenePicture(
             image=image,
             seed=seed,
             controlled=bool(controls),
-            record=self._record(pipe, scene, settings, seed, controlled),
-            report=report,
+            record={
+                **self._record(pipe, scene, settings, seed, controlled),
+                "report": report.to_dict() if report is not None else None,
+            },
+            report="" if report is None else str(report),
             files={name: scene.read_file(name) for name in names},
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -109,11 +111,42 @@ def test_report() -> None:
         ("isolate", "single:0-1", 1, False), ("regions", "double:0-1, single:0-1", 1, False), ("isolate", "no layers", 0, True),
     ]  # fmt: skip
     assert report.warnings == ()
-    assert "isolate: single:0-1; branch cond; acted in 1 forwards" in str(report)
+    assert [(one.acted, one.rows) for one in report.controls] == [
+        ("single:0-1", (("cond", 0),)), ("double:0-1, single:0-1", (("cond", 0),)), ("no layers", ()),
+    ]  # fmt: skip
+    assert "isolate: single:0-1; acted in 1 forwards, rows cond 0" in str(report)
     assert "32 tokens" in report.controls[0].plans[0]
     handle.detach()
     assert not handle.attached
     handle.detach()
+    # what came last is told of, here and after it has left; the model is not kept for it
+    assert ac.report() == report
+    with ac.attach(model, ac.Isolate([region])):
+        assert ac.report().controls[0].forwards == 0
+        model(**tiny.flux_inputs())
+        assert ac.report().controls[0].forwards == 1
+    with pytest.raises(ac.ControlError, match="boom"), ac.attach(model, ac.Isolate([region])):
+        raise ac.ControlError("boom")
+    assert ac.report().controls[0].forwards == 0
+    gone = weakref.ref(model)
+    handle = ac.attach(model, ac.Isolate([region]))
+    del handle, model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(ac.ControlError, match="model of the last controls is gone"):
+        ac.report()
+
+
+def test_a_report_without_controls_is_an_error() -> None:
+    code = "import attnctrl as ac\ntry:\n    ac.report()\nexcept ac.ControlError as error:\n    print(error)"
+    assert "No controls have been on a model" in run_python(code)
+
+
+def test_rows_of_a_report_are_branches_and_samples() -> None:
+    from attnctrl.report import _rows
+
+    assert _rows([("cond", 0), ("cond", 1), ("cond", 2), ("uncond", 1)]) == ", rows cond 0-2 and uncond 1"
+    assert _rows([]) == ""
 
 
 def test_explain_needs_no_weights() -> None:

@@ -59,6 +59,9 @@ def test_control_changes_the_picture_says_where_and_leaves(pipe, scene):
     assert (pixels(controlled) != vanilla).mean() > 0.5
     assert "regions: " in controlled.report
     assert "isolate: " in controlled.report
+    regions, isolate = controlled.record["report"]["controls"]
+    assert (regions["rows"], regions["steps"], isolate["steps"]) == ([("cond", 0)], [0, 1], [0])
+    assert controlled.record["report"]["forwards"] == 4
     assert (pixels(pipe(scene, [5], controlled=False)[0]) == vanilla).all()
     assert {name: id(one) for name, one in pipe.pipe.transformer.attn_processors.items()} == before
 

@@ -1,4 +1,4 @@
-"""Tiny random models of FLUX.2, Qwen-Image, Chroma, Z-Image and AuraFlow, and inputs for them."""
+"""Tiny random models of FLUX.2, Qwen-Image, Chroma, Z-Image, AuraFlow, CogView4, Lumina2 and HunyuanImage, and their inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogView4Transformer2DModel,
     Flux2Transformer2DModel,
+    HunyuanImageTransformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -135,3 +137,41 @@ def cogview4_inputs(seed: int = 0, **options: Any) -> dict[str, Any]:
     batch = len(inputs.pop("pooled_projections"))
     sizes = {name: torch.full((batch, 2), 64.0) for name in ("original_size", "target_size")}
     return {**inputs, **sizes, "crop_coords": torch.zeros(batch, 2)}
+
+
+def lumina2(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Lumina2Transformer2DModel:
+    """A refiner layer for the caption and one for the image, and two main layers of 2 heads of 16 that share keys."""
+    sizes = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1}
+    heads = {"num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8, "cap_feat_dim": TEXT_DIM}
+    axes = {"axes_dim_rope": (4, 6, 6), "axes_lens": (64, 16, 16)}
+    return _made(Lumina2Transformer2DModel, seed, dtype, patch_size=1, **sizes, **heads, **axes)
+
+
+def lumina2_inputs(seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of one forward."""
+    inputs = sd_inputs(seed, pooled=True, **options)
+    batch = len(inputs.pop("pooled_projections"))
+    mask = torch.ones(batch, inputs["encoder_hidden_states"].shape[1], dtype=torch.int64)
+    return {**inputs, "timestep": torch.full((batch,), 0.5), "encoder_attention_mask": mask}
+
+
+def hunyuan_image(
+    seed: int = 0, *, glyphs: bool = True, dtype: torch.dtype = torch.float32
+) -> HunyuanImageTransformer2DModel:
+    """A refiner block, a double and two single blocks of 2 heads of 16."""
+    sizes = {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1, "rope_axes_dim": (8, 8)}
+    channels = {"in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT_DIM, "patch_size": (1, 1)}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "text_embed_2_dim": 6 if glyphs else None}
+    return _made(HunyuanImageTransformer2DModel, seed, dtype, **sizes, **channels, **heads)
+
+
+def hunyuan_image_inputs(seed: int = 0, *, glyphs: int = 3, **options: Any) -> dict[str, Any]:
+    """Keyword arguments of one forward."""
+    inputs = sd_inputs(seed, pooled=True, **options)
+    batch, text = len(inputs.pop("pooled_projections")), inputs["encoder_hidden_states"]
+    drawn = torch.randn(batch, glyphs, 6, generator=torch.Generator().manual_seed(seed + 1)).to(text.dtype)
+    masks = {"encoder_attention_mask": torch.ones(text.shape[:2], dtype=torch.int64)}
+    masks["encoder_attention_mask_2"] = torch.ones(batch, glyphs, dtype=torch.int64)
+    # the model computes its time embedding in the timestep's precision
+    timestep = inputs["timestep"].to(text.dtype)
+    return {**inputs, **masks, "encoder_hidden_states_2": drawn, "timestep": timestep}

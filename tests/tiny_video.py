@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -125,3 +126,13 @@ def sana(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> SanaTransforme
         caption_channels=TEXT_DIM,
         sample_size=8,
     )
+
+
+def hunyuan_video(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any
+) -> HunyuanVideoTransformer3DModel:
+    """A refiner block, a double and two single blocks over patches of 1 x 2 x 2."""
+    sizes = {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1, "rope_axes_dim": (4, 6, 6)}
+    channels = {"in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT_DIM, "pooled_projection_dim": 8}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "guidance_embeds": False}
+    return _made(HunyuanVideoTransformer3DModel, seed, dtype, **{**sizes, **channels, **heads, **config})

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError, UnsupportedModelError
-from ..layout import Frame, Frames, Layout, Measures
+from ..layout import Frame, Frames, Layout, Measures, Slots
 from ..phrases import Reader
 from ..rotary import Rotary
 from ..select import Layer
 
 __all__ = [
     "Arguments",
+    "Carrier",
     "Family",
     "Text",
     "all_families",
@@ -25,6 +26,7 @@ __all__ = [
     "crossed",
     "encode_alone",
     "family_of",
+    "insert",
     "joint",
     "noisiest",
     "sizes_of",
@@ -35,6 +37,23 @@ __all__ = [
 Arguments = dict[str, Any]
 Text = Tensor | Sequence[Tensor]
 """Encoded prompts: [B, tokens, channels], or [tokens, channels] per row."""
+
+
+class Carrier(list):
+    """A list among a model's arguments that carries more, as attributes, on its way to where the model uses it.
+
+    Offloading hooks rebuild lists when they move arguments to a device, unless these move themselves.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Carrier:
+        """The same on another device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(*args, **kwargs) if isinstance(value, Tensor) else value
+
+        made = type(self)(map(moved, self))
+        vars(made).update({name: moved(value) for name, value in vars(self).items()})
+        return made
 
 
 @dataclass(frozen=True)
@@ -57,9 +76,8 @@ class Family:
         batch: guidance branches of one step in the order of their rows, for families whose pipelines run them as one
             batch; () for those that run one forward per branch.
         presets: named layer selectors, as functions of {stack: number of blocks}.
-        position: (arguments, slots) -> arguments with positions for the texts that will be appended, `slots` being the
-            numbers of tokens that they may take: each stands where it would stand alone. None where texts have no
-            positions.
+        position: (arguments, slots) -> arguments with positions for the texts that will be appended, which take these
+            slots: each stands where it would stand alone. None where texts do not care where they stand.
         shadows: methods of the model or its parts, by dotted name, and the functions that stand in for them while
             controls are on it: called with the method itself and its arguments.
         hidden: name of the argument that holds the latents, batch first.
@@ -84,7 +102,7 @@ class Family:
     branches: tuple[str, ...] = ("cond", "uncond")
     batch: tuple[str, ...] = ()
     presets: Mapping[str, Callable[[Mapping[str, int]], str]] = field(default_factory=dict)
-    position: Callable[[Arguments, Sequence[int]], Arguments] | None = None
+    position: Callable[[Arguments, Slots], Arguments] | None = None
     shadows: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     hidden: str = "hidden_states"
     prompt: str = "encoder_hidden_states"
@@ -155,6 +173,19 @@ def append_to(*masks: str) -> Callable[[Arguments, Tensor], Arguments]:
     return append
 
 
+def insert(prompt: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+    """`prompt` [B, tokens, ...] with `texts` [B, more, ...] between the real tokens and the padding of each row.
+
+    `mask` [B, tokens] holds ones for the real tokens, which come first.
+    """
+    tokens, more = prompt.shape[1], texts.shape[1]
+    place = torch.arange(tokens + more, device=prompt.device)
+    behind = place - mask.sum(1, dtype=torch.int64)[:, None]
+    source = torch.where(behind < 0, place, torch.where(behind < more, tokens + behind, place - more))
+    rows = torch.arange(len(prompt), device=prompt.device)[:, None]
+    return torch.cat([prompt, texts], dim=1)[rows, source]
+
+
 def noisiest(arguments: Arguments) -> Tensor:
     """The timestep of each row: the highest where each token has its own, as those of a given first frame have 0."""
     timestep: Tensor = arguments["timestep"]
@@ -195,7 +226,10 @@ def all_families() -> tuple[Family, ...]:
     from .cogview4 import COGVIEW4
     from .flux import FLUX
     from .flux2 import FLUX2
+    from .hunyuan_image import HUNYUAN_IMAGE
+    from .hunyuan_video import HUNYUAN_VIDEO
     from .ltx import LTX
+    from .lumina2 import LUMINA2
     from .pixart import PIXART
     from .qwen import QWEN
     from .sana import SANA
@@ -204,7 +238,8 @@ def all_families() -> tuple[Family, ...]:
     from .wan import WAN
     from .zimage import ZIMAGE
 
-    return (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, WAN, LTX, COGVIDEOX, SANA)
+    images = (FLUX, SD3, UNET, FLUX2, QWEN, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, PIXART, SANA, LUMINA2, HUNYUAN_IMAGE)
+    return (*images, WAN, LTX, COGVIDEOX, HUNYUAN_VIDEO)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -6,14 +6,13 @@ in two forwards, the prompt's first; dev has none. A region's text counts its in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..layout import Measures
+from ..layout import Measures, Slots
 from ..phrases import Reader
 from ..rotary import Rotary
 from . import Arguments, Family, append_to, flux, joint, stacks
@@ -36,11 +35,11 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     return flux.measure(model, arguments)
 
 
-def position(arguments: Arguments, slots: Sequence[int]) -> Arguments:
+def position(arguments: Arguments, slots: Slots) -> Arguments:
     """Ids for further texts: the prompt's first one, counted on from there in each text."""
     ids = arguments["txt_ids"]
     step = ids.new_tensor([0, 0, 0, 1])
-    more = [ids[..., :1, :] + step * torch.arange(count, device=ids.device)[:, None] for count in slots]
+    more = [ids[..., :1, :] + step * torch.arange(count, device=ids.device)[:, None] for count in slots.sizes]
     return {**arguments, "txt_ids": torch.cat([ids, *more], dim=-2)}
 
 

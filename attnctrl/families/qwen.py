@@ -7,7 +7,7 @@ True CFG runs one forward per branch, the prompt's first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from ..layout import Measures
+from ..layout import Measures, Slots
 from ..phrases import Reader
 from ..region import by
 from ..rotary import Rotary
-from . import Arguments, Family, append_to, joint, stacks
+from . import Arguments, Carrier, Family, append_to, joint, stacks
 
 
-class _Shapes(list):
+class _Shapes(Carrier):
     """`img_shapes`, with the slots of appended texts on their way to the model's position table."""
 
     slots: tuple[int, ...] = ()
@@ -45,10 +45,10 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     return Measures(arguments["encoder_hidden_states"].shape[1], image, tuple(references))
 
 
-def position(arguments: Arguments, slots: Sequence[int]) -> Arguments:
+def position(arguments: Arguments, slots: Slots) -> Arguments:
     """`img_shapes` that carry the slots of appended texts."""
     shapes = _Shapes(arguments["img_shapes"])
-    shapes.slots = tuple(slots)
+    shapes.slots = slots.sizes
     return {**arguments, "img_shapes": shapes}
 
 

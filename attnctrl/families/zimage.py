@@ -7,7 +7,7 @@ Guidance runs as one batch, the prompt's rows first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedModelError
-from ..layout import Frame, Frames, Layout, Measures
+from ..layout import Frame, Frames, Layout, Measures, Slots
 from ..phrases import Reader
 from ..rotary import Rotary
-from . import Arguments, Family, stacks
+from . import Arguments, Carrier, Family, stacks
 
 _MULTIPLE = 32
 _MOST = 512
 
 
-class _Captions(list):
+class _Captions(Carrier):
     """`cap_feats`, with further texts of the rows on their way to the model's packing."""
 
     texts: Tensor
@@ -72,10 +72,10 @@ def arrange(model: Any, measures: Measures) -> Frames:
     )
 
 
-def position(arguments: Arguments, slots: Sequence[int]) -> Arguments:
+def position(arguments: Arguments, slots: Slots) -> Arguments:
     """Captions that carry the slots of further texts."""
     captions = _Captions(arguments["cap_feats"])
-    captions.slots = tuple(slots)
+    captions.slots = slots.sizes
     return {**arguments, "cap_feats": captions}
 
 

@@ -1,162 +1,84 @@
-"""The table of guests: what else may be on a model while controls are, and how it is put there."""
+"""The table of guests: what else may be on a model while controls are, how it is put there, and what is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
+import guest_caches as caches
+import guest_checks as check
+import guest_kinds as kinds
 import torch
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from harness import Setting
+from guest_checks import Guest
 
-Enter = Callable[[Setting], AbstractContextManager[None]]
+COMPILED_BLOCKS = "torch.compile of repeated blocks"
+NO_BLOCKS = {"sd3": "diffusers names no repeated blocks for it"}
+NO_CONTEXT = dict.fromkeys(("sd3", "unet"), "diffusers' caches of blocks are not made for it")
+NO_LORA = {"pixart": "diffusers' class takes no LoRA"}
+OWN_KERNEL = ("sd3", "unet", "auraflow", "cogview4", "pixart", "cogvideox")
+NO_DISPATCH = "its processors call PyTorch's kernel themselves"
 
+NO_HALVES = "diffusers' FasterCache fails on its outputs, which are no pictures"
+NO_FASTER = "diffusers finds none of its layers"
+CACHED = "layers that the cache skips keep what they gave under the same controls; it is emptied where those change"
+HALVES = "controls with branch='all' act"
 
-@dataclass(frozen=True)
-class Guest:
-    """One guest.
-
-    Attributes:
-        enter: puts it on the setting's model for the length of a `with`.
-        refused: by family (or "all"), the error that controls end in, as a regular expression.
-        absent: by family, why there is no such thing.
-        tolerance: of the kernel's output against the dense formula on the same query, key and value.
-        backend: the attention backend that is called.
-    """
-
-    enter: Enter
-    refused: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    tolerance: float = 1e-5
-    backend: str = "native"
-
-    def outcome(self, family: str) -> str:
-        """What the table of the documentation says."""
-        if family in self.absent:
-            return f"none ({self.absent[family]})"
-        return "refused" if self.refused.get(family, self.refused.get("all")) else "acts"
-
-
-def _once(put: Callable[[Setting], Any]) -> Enter:
-    @contextmanager
-    def enter(setting: Setting) -> Iterator[None]:
-        put(setting)
-        yield
-
-    return enter
-
-
-def _lora(setting: Setting) -> None:
-    from peft import LoraConfig
-
-    setting.model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-
-
-def _fused_lora(setting: Setting) -> None:
-    _lora(setting)
-    setting.model.fuse_lora()
-
-
-@contextmanager
-def _checkpointing(setting: Setting) -> Iterator[None]:
-    setting.model.enable_gradient_checkpointing()
-    with torch.no_grad():
-        yield
-
-
-def _cpu_offload(setting: Setting) -> None:
-    from accelerate import cpu_offload
-
-    cpu_offload(setting.model, execution_device=torch.device("cpu"))
-
-
-def _group_offload(setting: Setting) -> None:
-    options: dict[str, Any] = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
-    apply_group_offloading(setting.model, **options)
-
-
-def _fp8(setting: Setting) -> None:
-    apply_layerwise_casting(setting.model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-
-
-def _user_hooks(setting: Setting) -> None:
-    for name, module in setting.model.named_modules():
-        if hasattr(module, "processor"):
-            module.register_forward_hook(lambda _m, _a, out: out)
-            module.register_forward_pre_hook(lambda _m, _a: None)
-            assert name
-
-
-@contextmanager
-def _compiled_blocks(setting: Setting) -> Iterator[None]:
-    torch._dynamo.reset()
-    setting.model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    # what the test itself changes, such as the gradient mode, is compiled anew as well
-    with torch._dynamo.config.patch(recompile_limit=32):
-        yield
-
-
-@contextmanager
-def _compiled(setting: Setting) -> Iterator[None]:
-    torch._dynamo.reset()
-    setting.model.compile(backend="eager", fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=32):
-        yield
-
-
-def _residuals(setting: Setting) -> None:
-    generator = torch.Generator().manual_seed(3)
-
-    def like(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    kind, inputs = type(setting.model).__name__, setting.inputs
-    if kind == "FluxTransformer2DModel":
-        count = inputs["hidden_states"].shape[1]
-        inputs["controlnet_block_samples"] = [like(1, count, 32)]
-        inputs["controlnet_single_block_samples"] = [like(1, count, 32)]
-    elif kind == "SD3Transformer2DModel":
-        inputs["block_controlnet_hidden_states"] = [like(1, 24, 32)]
-    else:
-        inputs["down_block_additional_residuals"] = [
-            like(1, channels, *size) for channels, size in ((16, (8, 12)), (16, (8, 12)), (16, (4, 6)), (32, (4, 6)))
-        ]
-        inputs["mid_block_additional_residual"] = like(1, 32, 4, 6)
-
-
-@contextmanager
-def _math_backend(setting: Setting) -> Iterator[None]:
-    from diffusers.models.attention_dispatch import attention_backend
-
-    with attention_backend("_native_math"):
-        yield
-
+EVERYWHERE: dict[str, Guest] = {
+    "LoRA loaded": Guest(kinds.once(kinds.lora), absent=NO_LORA),
+    "LoRA fused": Guest(kinds.once(kinds.fused_lora), absent=NO_LORA),
+    "bfloat16": Guest(kinds.nothing, options={"dtype": torch.bfloat16}),
+    "CPU offload (accelerate)": Guest(kinds.once(kinds.cpu_offload)),
+    "group offload": Guest(kinds.once(kinds.group_offload)),
+    "fp8 layerwise casting": Guest(kinds.once(kinds.fp8)),
+    "another attention backend": Guest(
+        kinds.math_backend, backend="_native_math", absent=dict.fromkeys(OWN_KERNEL, NO_DISPATCH)
+    ),
+    "the user's forward hooks": Guest(kinds.once(kinds.user_hooks)),
+    "gradient checkpointing, no gradients": Guest(kinds.once(kinds.checkpointing)),
+    "gradient checkpointing, with gradients": Guest(
+        kinds.once(kinds.checkpointing), check.refused("no_grad"), gradients=True
+    ),
+}
+"""Guests that every family of the battery meets."""
 
 GUESTS: dict[str, Guest] = {
-    "LoRA loaded": Guest(_once(_lora)),
-    "LoRA fused": Guest(_once(_fused_lora)),
+    **EVERYWHERE,
+    "float16": Guest(kinds.nothing, options={"dtype": torch.float16}),
     "fused qkv projections": Guest(
-        _once(lambda setting: setting.model.fuse_qkv_projections()),
+        kinds.once(lambda setting: setting.model.fuse_qkv_projections()),
         absent={"sd3": "diffusers' own fused processor fails on the dual layers of SD3.5"},
     ),
-    "ControlNet residuals": Guest(_once(_residuals)),
-    "group offload": Guest(_once(_group_offload)),
-    "CPU offload (accelerate)": Guest(_once(_cpu_offload)),
-    "fp8 layerwise casting": Guest(_once(_fp8)),
-    "another attention backend": Guest(
-        _math_backend,
-        backend="_native_math",
-        absent=dict.fromkeys(("sd3", "unet"), "its processors call PyTorch's kernel themselves"),
+    "ControlNet residuals": Guest(kinds.once(kinds.residuals)),
+    "IP-Adapter": Guest(kinds.ip_adapter, note="its own kernel calls stay untouched"),
+    "bmm and sliced processors": Guest(
+        kinds.once(kinds.slow_processors),
+        note="AttnProcessor2_0 stands in for them in the forwards in which controls act",
+        absent=dict.fromkeys(("flux", "sd3"), "they are not made for its layers"),
     ),
-    "the user's forward hooks": Guest(_once(_user_hooks)),
-    "gradient checkpointing, no gradients": Guest(_checkpointing),
-    "gradient checkpointing, with gradients": Guest(
-        _once(lambda setting: setting.model.enable_gradient_checkpointing()), refused={"all": "checkpointing"}
+    "a second attachment": Guest(kinds.nothing, check.nested, note="the stacks act together and leave in any order"),
+    f"{COMPILED_BLOCKS}, then attached": Guest(kinds.compiled_blocks, absent=NO_BLOCKS),
+    f"attached, then {COMPILED_BLOCKS}": Guest(kinds.compiled_blocks, check.acts_before, absent=NO_BLOCKS),
+    "torch.compile of the whole model, then attached": Guest(kinds.compiled),
+    "attached, then torch.compile of the whole model": Guest(
+        kinds.compiled, check.refused("torch.compile.model. first", before=True)
     ),
-    "torch.compile of repeated blocks": Guest(
-        _compiled_blocks, absent={"sd3": "diffusers names no repeated blocks for it"}
+    "pyramid attention broadcast": Guest(caches.put(caches.pyramid()), caches.cached, note=CACHED),
+    "FasterCache, batch kept whole": Guest(
+        caches.put(caches.faster(is_guidance_distilled=True)),
+        caches.cached,
+        note=CACHED,
+        absent={"unet": NO_FASTER},
     ),
-    "torch.compile of the whole model": Guest(_compiled),
+    "FasterCache, without the other half": Guest(
+        caches.put(caches.faster(), rows=2),
+        caches.refuses_halves,
+        note=HALVES,
+        absent={"unet": NO_FASTER, "flux": NO_HALVES},
+    ),
+    "first-block cache": Guest(caches.put(caches.first_block), caches.cached, note=CACHED, absent=NO_CONTEXT),
+    "TaylorSeer cache": Guest(caches.put(caches.taylor), caches.cached, note=CACHED, absent=NO_CONTEXT),
+    "MagCache": Guest(caches.put(caches.magnitude), caches.cached, note=CACHED, absent=NO_CONTEXT),
+    "diffusers' own PAG": Guest(
+        caches.perturbed,
+        caches.refuses_split_batches,
+        note="in its own layers; controls whose `layers` leave them out act",
+        absent={"flux": "diffusers has none for it"},
+    ),
 }

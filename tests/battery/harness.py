@@ -110,6 +110,7 @@ def tokens(
     fill = {kind: [Token("register")] * setting.registers.get(kind, 0) for kind in ("text", "image", "registers")}
     parts: dict[str, list[Token]] = {
         "text": prompt + fill["text"] + own,
+        "glyphs": [Token("global")] * setting.glyphs,
         "image": [],
         "references": [],
         "registers": fill["registers"],

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kinds:
-    """Who stands in the rows and columns of one kernel call: words of "text", "image", "references", "registers"; the image's grid."""
+    """Who stands in the rows and columns of one kernel call: words of "text", "glyphs", "image", "references", "registers"; the image's grid."""
 
     queries: str
     keys: str
@@ -27,7 +27,7 @@ class Setting:
 
     `None` among the calls is one that no control touches. `registers` are learned tokens: those that follow the prompt
     ("text") or the image, and those by themselves ("registers"). `fixed`: the text keeps its length, further texts take
-    the place of its last tokens.
+    the place of its last tokens. `glyphs` are tokens of the prompt that stand by themselves.
     """
 
     model: nn.Module
@@ -39,6 +39,7 @@ class Setting:
     registers: Mapping[str, int] = field(default_factory=dict)
     prompt: str = "encoder_hidden_states"
     fixed: bool = False
+    glyphs: int = 0
 
     def run(self, **changes: Any) -> Tensor:
         out = self.model(**{**self.inputs, **changes})[0]

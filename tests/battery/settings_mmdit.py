@@ -1,4 +1,4 @@
-"""FLUX.2, Qwen-Image, Chroma, Z-Image, AuraFlow and CogView4 for the battery."""
+"""FLUX.2, Qwen-Image, Chroma, Z-Image, AuraFlow, CogView4, Lumina2 and HunyuanImage for the battery."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def cogview4(seed: int = 0, **options: Any) -> Setting:
     return Setting(tiny.cogview4(dtype=inputs["hidden_states"].dtype), inputs, calls)
 
 
+def lumina2(seed: int = 0, **options: Any) -> Setting:
+    inputs = tiny.lumina2_inputs(seed, **options)
+    calls = [Kinds(sequence, sequence) for sequence in ("text", "image", "text image", "text image")]
+    return Setting(tiny.lumina2(dtype=inputs["hidden_states"].dtype), inputs, calls)
+
+
+def hunyuan_image(seed: int = 0, **options: Any) -> Setting:
+    inputs = tiny.hunyuan_image_inputs(seed, **options)
+    # the first kernel call is the text refiner's
+    calls = [None, *[Kinds("image glyphs text", "image glyphs text")] * 3]
+    return Setting(tiny.hunyuan_image(dtype=inputs["hidden_states"].dtype), inputs, calls, glyphs=3)
+
+
 FAMILIES: dict[str, Callable[..., Setting]] = {
     "flux2": flux2,
     "qwen": qwen,
@@ -52,6 +65,8 @@ FAMILIES: dict[str, Callable[..., Setting]] = {
     "zimage": zimage,
     "auraflow": auraflow,
     "cogview4": cogview4,
+    "lumina2": lumina2,
+    "hunyuan-image": hunyuan_image,
 }
 WITH_REFERENCES = ("flux2", "qwen")
 BRANCHES = {"ZImageTransformer2DModel": ("cond",), "AuraFlowTransformer2DModel": ("cond",)}

@@ -44,12 +44,22 @@ def cogvideox(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float
     return Setting(tiny.cogvideox(dtype=dtype), inputs, [Kinds("text image", "text image", FILM)] * 2, grid=FILM)
 
 
+def hunyuan_video(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Setting:
+    pooled = torch.randn(batch, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    more = {"encoder_attention_mask": torch.ones(batch, 5), "pooled_projections": pooled}
+    inputs = tiny.inputs(batch, 4, 2, 8, 12, seed=seed, dtype=dtype, **more)
+    # the first kernel call is the text refiner's
+    calls = [None, *[Kinds("image text", "image text", FILM)] * 3]
+    return Setting(tiny.hunyuan_video(dtype=dtype), inputs, calls, grid=FILM)
+
+
 FAMILIES: dict[str, Callable[..., Setting]] = {
     "pixart": pixart,
     "wan": wan,
     "wan-i2v": wan_i2v,
     "ltx": ltx,
     "cogvideox": cogvideox,
+    "hunyuan-video": hunyuan_video,
 }
 BRANCHES = dict.fromkeys(
     ("PixArtTransformer2DModel", "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel"), ("cond",)

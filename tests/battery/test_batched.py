@@ -69,6 +69,8 @@ def test_a_control_touches_the_rows_of_its_branch(name: str, branch: Any, door: 
             model_of(pipe).set_attn_processor(before)
     moved = (vanilla[0] - controlled[0]).abs().amax(dim=(1, 2, 3))
     rows = {"uncond": [True, False], "cond": [False, True], "all": [True, True]}[branch]
+    told = {"uncond": (("uncond", 0),), "cond": (("cond", 0),), "all": (("cond", 0), ("uncond", 0))}[branch]
+    assert [one.rows for one in ac.report().controls] == [told, told]
     assert (moved > 1e-3).tolist() == rows
     assert (moved[~torch.tensor(rows)] < 1e-5).all()
     assert torch.equal(generate(name, steps=1), base)
@@ -93,6 +95,7 @@ def test_prompts_with_scenes_of_their_own_and_two_images_each(name: str) -> None
     with ac.attach(pipeline(name), [ac.Isolate(), ac.Regions(scenes)]), predictions(name) as together:
         generate(name, prompts, steps=1, num_images_per_prompt=2)
     assert len(together[0]) == 8
+    assert ac.report().controls[1].rows == (("cond", 0), ("cond", 1))
     for number, (prompt, scene) in enumerate(zip(prompts, scenes, strict=True)):
         # the noise of the batch's own rows
         noise = torch.randn(4, 4, *together[0].shape[-2:], generator=torch.Generator().manual_seed(0))
