@@ -36,8 +36,9 @@ test: $(STAMP) ## the tests (minutes)
 test-all: $(STAMP) ## the tests, the slow ones too
 	@$(BIN)/python -m pytest
 
-results: $(STAMP) ## docs/results.md from the stored results
+results: $(STAMP) ## docs/results.md and the model cards, from the stored results
 	@$(BIN)/python -m attnctrl.toybox.results
+	@for card in assets/toy-*; do $(BIN)/python -m attnctrl.toybox.card $${card#assets/}; done
 
 lint: $(STAMP) ## style and common mistakes
 	@$(BIN)/ruff check .
