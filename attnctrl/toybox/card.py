@@ -57,8 +57,8 @@ image = pipe("a red circle, white background", num_inference_steps=20, guidance_
         limits=_UNSEEN,
     ),
     "toy-sd3": About(
-        what="""A real Stable Diffusion 3, small enough for a laptop's CPU: `SD3Transformer2DModel` with 6 blocks (5 heads
-of 32), norms of queries and keys, dual attention in the first block as in SD3.5 medium, two CLIPs and a T5 with real
+        what="""A real Stable Diffusion 3, small enough for a laptop's CPU: `SD3Transformer2DModel` with 6 blocks (5
+heads of 32), norms of queries and keys, dual attention in the first block as in SD3.5 medium, two CLIPs and a T5 with real
 tokenizers.""",
         code="""from diffusers import StableDiffusion3Pipeline
 
@@ -97,13 +97,13 @@ attention control can be tried, tested and measured anywhere.
 ## Words
 
 `a [small|large] [solid|striped|dotted|checked] [red|orange|yellow|green|blue|purple]
-circle|square|triangle|star|heart|cross|thing [place]`, up to four such phrases, then `white|gray|black|beige background`
-and `flat|outlined|hatched|grainy style`, all joined by commas.
+circle|square|triangle|star|heart|cross|thing [place]`, up to four such phrases, then `white|gray|black|beige
+background` and `flat|outlined|hatched|grainy style`, all joined by commas.
 
 ## Training
 
-Renders of `attnctrl.toybox.world`, 27 000 scenes of 64 x 64 pixels encoded once, captions drawn anew: {samples:,} samples
-in {hours:.1f} hours on two CPU cores that other work shared. The VAE is that of all toy models.
+Renders of `attnctrl.toybox.world`, 27 000 scenes of 64 x 64 pixels encoded once, captions drawn anew: {samples:,}
+samples in {hours:.1f} hours on two CPU cores that other work shared. The VAE is that of all toy models.
 
     python -m attnctrl.toybox.train {name}
 

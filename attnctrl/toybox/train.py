@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -205,10 +206,13 @@ def run(args: argparse.Namespace) -> Path:
                 last_grid = time.monotonic()
     seconds = spent + time.monotonic() - began
     save_checkpoint(flow, folder, done, seconds, generator)
-    sample_grid(flow, folder / f"grid-{done:07d}.png")
+    last = folder / f"grid-{done:07d}.png"
+    sample_grid(flow, last)
     facts: dict[str, Any] = {"samples": done, "seconds": round(seconds), "world": len(world.WORDS)}
     with averaged(flow):
-        return export(pipeline, out, recipe.settings, facts)
+        export(pipeline, out, recipe.settings, facts)
+    shutil.copy(last, out / "samples.png")
+    return out
 
 
 def parser() -> argparse.ArgumentParser:
