@@ -24,8 +24,9 @@ def test_a_card_holds_the_numbers_it_is_given():
     entry = {"vanilla": 0.9126, "ci95": [0.85, 0.951]}
     scores = {"n": 200, "command": "attnctrl eval model -m x", "metrics": dict.fromkeys(card.MEANING, entry)}
     text = card.card("toy-sd", {"training": {"samples": 123456, "seconds": 7200}}, scores, 12.34)
-    assert "123,456 samples in 2.0 hours" in text
-    assert "fp16 safetensors, 12.3 MB" in text
+    flowing = " ".join(text.split())
+    assert "123,456 samples in 2.0 hours" in flowing
+    assert "fp16 safetensors, 12.3 MB" in flowing
     assert text.count("| 0.913 | 0.850 .. 0.951 |") == len(card.MEANING)
     assert "`attnctrl eval model -m x`, 200 held-out captions" in text
 

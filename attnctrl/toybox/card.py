@@ -58,8 +58,8 @@ image = pipe("a red circle, white background", num_inference_steps=20, guidance_
     ),
     "toy-sd3": About(
         what="""A real Stable Diffusion 3, small enough for a laptop's CPU: `SD3Transformer2DModel` with 6 blocks (5
-heads of 32), norms of queries and keys, dual attention in the first block as in SD3.5 medium, two CLIPs and a T5 with real
-tokenizers.""",
+heads of 32), norms of queries and keys, dual attention in the first block as in SD3.5 medium, two CLIPs and a T5 with
+real tokenizers.""",
         code="""from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")
