@@ -1,4 +1,4 @@
-"""Reads a picture of the toy world back: its subjects, with shape, colour, pattern and place, and its ground.
+"""Reads a picture of the toy world back: its subjects (shape, colour, pattern, place), its ground, how it is drawn.
 
 No training: the scorer knows how the world draws. It tolerates what generated pictures do (blur, other colours, noise)
 and says "I do not know" (None) rather than guess: a shape that fits badly, or hardly better than another, has no name.
@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .scorer_color import COLOR_NAMES, Classes, classify
 from .scorer_shape import fit_patterns, fit_shapes
+from .scorer_style import Evidence, Style, measure_style, read_style
 from .world import SHAPES, mask_box
 
 MIN_AREA = 0.006
@@ -55,11 +56,13 @@ class Found:
 @dataclass(frozen=True, eq=False)
 class Reading:
     """`subjects`: what was found, largest first; `background`: a word; `colors`: int8 [H, W], index into `COLOR_NAMES`
-    of every pixel that shows a palette colour, else -1."""
+    of every pixel that shows a palette colour, else -1; `style`: how it is drawn; `evidence`: what says so."""
 
     subjects: tuple[Found, ...]
     background: str
     colors: np.ndarray
+    style: Style
+    evidence: Evidence
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ def read_picture(image: np.ndarray) -> Reading:
     classes = classify(image)
     found = [one for color in np.unique(classes.color[classes.color >= 0]) for one in _subjects(classes, int(color))]
     found.sort(key=lambda one: -int(one.mask.sum()))
-    return Reading(tuple(found), classes.background, classes.color)
+    masks = np.array([one.mask for one in found], dtype=bool).reshape(-1, *image.shape[:2])
+    evidence = measure_style(image, masks, classes.background)
+    return Reading(tuple(found), classes.background, classes.color, read_style(evidence), evidence)
 
 
 _NEAR = np.ones((3, 3), dtype=bool)

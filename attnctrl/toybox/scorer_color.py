@@ -109,7 +109,7 @@ def classify(image: np.ndarray) -> Classes:
     to_rest = _squared(points, _ground_and_lines(points, background)).min(1)
     nearest = to_palette.argmin(1)
     color = np.where(to_palette.min(1) < to_rest, owners[nearest], -1).astype(np.int8).reshape(height, width)
-    return Classes(_despeckle(color), background, _light_share(points, color.ravel()).reshape(height, width))
+    return Classes(_despeckle(color), background, light_share(points, color.ravel()).reshape(height, width))
 
 
 def _despeckle(color: np.ndarray) -> np.ndarray:
@@ -122,8 +122,16 @@ def _despeckle(color: np.ndarray) -> np.ndarray:
     return result
 
 
-def _light_share(points: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """0 at the palette colour, 1 at its light tint, by the length along the colour's ray; 0 where no colour is."""
+def light_share(points: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """How light pixels are: 0 at the palette colour, 1 at its light tint, by the length along the colour's ray.
+
+    Args:
+        points: [P, 3] in opponent units.
+        color: int [P], index into `COLOR_NAMES`, or -1 for none.
+
+    Returns:
+        float32 [P] in [0, 1]; 0 where no colour is.
+    """
     rays = opponent(np.array(list(world.COLORS.values()), dtype=float))[:, :2]
     ray = rays[np.maximum(color, 0)]
     length = (points[:, :2] * ray).sum(1) / (ray**2).sum(1)

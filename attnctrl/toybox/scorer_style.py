@@ -1,0 +1,205 @@
+"""How a picture is drawn, for the scorer: rims around subjects, waves on the ground, grain; from how the world draws.
+
+Evidence is measured apart from what it is taken for, so that embeddings can use it as well. A style has a name only
+when its own evidence is clear and that of the others is clearly missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy import ndimage
+
+from . import world
+
+_CLEAR = 4.0
+"""Pixels from a subject where the ground begins: past the widest rim and its blur."""
+_WAVE, _CELL = 6.0, 4
+"""Pixels of a wave of hatching, and of a side of a cell of grain."""
+_NORMAL_MEDIAN = 0.6745
+"""Median magnitude of a standard normal variable."""
+WAVES = (5.0, 9.0)
+"""Amplitude in levels below which there is no hatching, and above which there is: drawn 22, blurred and decoded 15."""
+GRAIN = (3.0, 4.5)
+"""Likewise the deviation of grain: drawn 13; blurred 6, and 5 on white, where it is clipped."""
+CLEAR_SHARE = 0.6
+"""Share of a kind of rim (or of none) from which it is taken for sure."""
+RIM_NAMES = tuple(world.OUTLINES)
+
+
+@dataclass(frozen=True)
+class Style:
+    """`name` of `world.STYLES`; `outline` of `world.OUTLINES` if outlined; `hatch_angle` of `world.HATCH_ANGLES` if
+    hatched. None where the scorer does not know, or where there is none."""
+
+    name: str | None
+    outline: str | None = None
+    hatch_angle: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What shows how a picture is drawn.
+
+    Attributes:
+        waves: float [4], amplitude of hatching at each of `world.HATCH_ANGLES`, in levels of 255.
+        grain: standard deviation of cells of grain, in levels; 0 where noise explains what is there.
+        rims: float [1 + 3], shares of no rim and of a rim of each of `world.OUTLINES`; they sum to 1 at most, and to
+            less the less is known (0 without subjects).
+    """
+
+    waves: np.ndarray
+    grain: float
+    rims: np.ndarray
+
+
+def read_style(evidence: Evidence) -> Style:
+    """The style that the evidence is clear about; a picture without subjects is never called flat."""
+    order = np.argsort(evidence.waves)
+    highest, second = evidence.waves[order[-1]], evidence.waves[order[-2]]
+    hatched = _between(highest, WAVES)
+    grainy = _between(evidence.grain, GRAIN)
+    # A decoder's errors on hatching step at the edges of cells as well.
+    if hatched and evidence.grain < highest / 2:
+        return Style("hatched", hatch_angle=world.HATCH_ANGLES[order[-1]] if highest > 2 * second else None)
+    if grainy and hatched is False:
+        return Style("grainy")
+    rim = int(evidence.rims.argmax())
+    if hatched is False and grainy is False and evidence.rims[rim] >= CLEAR_SHARE:
+        return Style("outlined", outline=RIM_NAMES[rim - 1]) if rim else Style("flat")
+    return Style(None)
+
+
+def _between(value: float, limits: tuple[float, float]) -> bool | None:
+    """False below the lower limit, True from the upper one, None between."""
+    return True if value >= limits[1] else False if value < limits[0] else None
+
+
+def measure_style(image: np.ndarray, subjects: np.ndarray, background: str) -> Evidence:
+    """Evidence of style.
+
+    Args:
+        image: uint8 [H, W, 3].
+        subjects: bool [N, H, W], the pixels of each subject; N may be 0.
+        background: what the ground was read as.
+    """
+    value = image.astype(np.float64)
+    light = value.mean(2)
+    union = subjects.any(0) if len(subjects) else np.zeros(light.shape, dtype=bool)
+    outside = ndimage.distance_transform_edt(~union) if union.any() else np.full(light.shape, np.inf)
+    ground = outside > _CLEAR
+    rims = np.zeros(1 + len(RIM_NAMES))
+    if union.any() and ground.any():
+        rims = _rims(
+            value,
+            np.where(union, 0.5 - ndimage.distance_transform_edt(union), outside - 0.5),
+            np.median(value[ground], axis=0),
+            background,
+        )
+    return Evidence(_waves(light, ground), _grain(light, ground), rims)
+
+
+@cache
+def _wave_bases(height: int, width: int) -> np.ndarray:
+    """Cosine and sine of a wave of hatching at each angle, float64 [4, 2, H, W]."""
+    y, x = np.mgrid[0:height, 0:width]
+    angles = np.deg2rad(world.HATCH_ANGLES)[:, None, None]
+    phase = (x * np.sin(angles) + y * np.cos(angles)) * (2 * np.pi / _WAVE)
+    return np.stack([np.cos(phase), np.sin(phase)], axis=1)
+
+
+def _waves(light: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """Amplitude of the wave at each angle that fits `light` best where `ground` is True; whatever its phase."""
+    if ground.sum() < 64:
+        return np.zeros(len(world.HATCH_ANGLES))
+    value = light[ground] - light[ground].mean()
+    result = []
+    for basis in _wave_bases(*light.shape)[:, :, ground]:
+        basis = basis - basis.mean(1, keepdims=True)
+        result.append(np.hypot(*np.linalg.lstsq(basis.T, value, rcond=None)[0]))
+    return np.array(result)
+
+
+def _grain(light: np.ndarray, ground: np.ndarray) -> float:
+    """How much more the ground steps between cells of grain than within them, as a deviation of the cells.
+
+    By medians: a VAE leaves a few large steps beside strong outlines, at the edges of cells as well.
+    """
+    between, within = [], []
+    for axis in (0, 1):
+        value, valid = np.moveaxis(light, axis, 0), np.moveaxis(ground, axis, 0)
+        step, both = np.abs(np.diff(value, axis=0)), valid[:-1] & valid[1:]
+        between.append(step[_CELL - 1 :: _CELL][both[_CELL - 1 :: _CELL]])
+        within.append(step[1::_CELL][both[1::_CELL]])
+    at, off = np.concatenate(between), np.concatenate(within)
+    if min(at.size, off.size) < 32:
+        return 0.0
+    square = (float(np.median(at)) ** 2 - float(np.median(off)) ** 2) / _NORMAL_MEDIAN**2
+    return float(np.sqrt(max(0.0, square / 2)))
+
+
+_STEP, _REACH = 0.1, 8.0
+_BLURS = (0.0, 0.5, 0.8, 1.1)
+_OFFSETS = np.arange(-0.9, 1.0, 0.3)
+"""Outlines of masks lie up to a pixel beside those that were drawn."""
+
+
+@cache
+def _profiles() -> np.ndarray:
+    """Share of fill and of rim at signed distances from -reach to reach, for each blur: float64 [B, 2, D]."""
+    d = np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
+    fill = np.clip(0.5 - d, 0, 1)
+    pair = np.stack([fill, np.clip(2.4 - d, 0, 1) * (1 - fill)])
+    return np.stack([ndimage.gaussian_filter1d(pair, b / _STEP, axis=1, mode="nearest") if b else pair for b in _BLURS])
+
+
+def _rim_color(value: np.ndarray, distance: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """RGB between subjects and `ground` [3], by the blur and the offset of outlines that explain the pixels best.
+
+    `distance` [H, W]: pixels to the nearest outline of a subject, negative inside.
+    """
+    deep = ndimage.distance_transform_edt(distance > -1.5, return_distances=False, return_indices=True)
+    band = (distance > -1) & (distance < 5)
+    fill, pixels, d = value[tuple(deep)][band] - ground, value[band] - ground, distance[band]
+    best, color = np.inf, np.zeros(3)
+    for profile in _profiles():
+        for offset in _OFFSETS:
+            index = np.clip(np.rint((d - offset + _REACH) / _STEP).astype(int), 0, profile.shape[1] - 1)
+            rest = pixels - profile[0][index][:, None] * fill
+            rim = profile[1][index]
+            found = rim @ rest / (rim @ rim)
+            error = float(((rest - rim[:, None] * found) ** 2).sum())
+            if error < best:
+                best, color = error, found
+    return ground + color
+
+
+_FAINT = 60.0
+"""Outlines nearer than this to the ground (black on black, white on white) are told by the pixels that go their way."""
+_FAINT_SHARES = (0.2, 0.4)
+"""What those pixels show without and with a faint rim, blurred and decoded."""
+_SPREAD, _STRANGE = 50.0, 90.0
+"""How far a rim's colour is read from the true one, and how far is too far for any."""
+
+
+def _rims(value: np.ndarray, distance: np.ndarray, ground: np.ndarray, background: str) -> np.ndarray:
+    """Shares of no rim and of each outline; see `Evidence`."""
+    # A tint of the whole picture moves outlines as much as the ground.
+    drift = ground - np.array(world.BACKGROUNDS[background], dtype=float)
+    outlines = np.clip(np.array(list(world.OUTLINES.values())) + drift, 0, 255)
+    away = np.linalg.norm(outlines - ground, axis=1)
+    far = np.append(True, away > _FAINT)
+    gaps = np.linalg.norm(np.vstack([ground, outlines]) - _rim_color(value, distance, ground), axis=1)
+    shares = np.where(far, np.exp(-((gaps / _SPREAD) ** 2)), 0.0)
+    shares = shares / (shares.sum() + np.exp(-((_STRANGE / _SPREAD) ** 2)))
+    for index in np.flatnonzero(~far[1:]):
+        line = (outlines[index] - ground) / max(away[index], 1e-6) ** 2
+        # Mixtures of fill and ground go the other way, so only a rim lifts the highest of these.
+        along = (value[(distance >= 0.5) & (distance <= 1.5)] - ground) @ line
+        low, high = _FAINT_SHARES
+        shown = np.quantile(along, (0.75, 0.9)).mean() if along.size else 0.0
+        part = shares[0] * np.clip((shown - low) / (high - low), 0, 1)
+        shares[0], shares[1 + index] = shares[0] - part, part
+    return shares
