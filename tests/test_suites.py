@@ -120,13 +120,13 @@ def test_tasks_of_isolation_share_their_shape_and_nearly_touch():
 def test_leakage_is_a_matrix_of_boxes_and_subjects():
     task, _ = ISOLATION.task("test", 0)
     image = ideal(task)
-    assert leakage(read_picture(image), task).tolist() == pytest.approx(np.eye(2).tolist(), abs=0.02)
+    np.testing.assert_allclose(leakage(read_picture(image), task), np.eye(2), atol=0.02)
     values = isolation_values(task, [image], [image])
     assert set(values) == set(ISOLATION.better)
     assert [values[name] for name in ("leak", "pattern_leak", "binding")] == pytest.approx([0, 0, 1], abs=0.02)
     # colours in each other's place: all of each box leaks; patterns swapped: seen as taken over
     swapped = ideal(task, places=task.boxes[::-1])
-    assert leakage(read_picture(swapped), task).tolist() == pytest.approx((1 - np.eye(2)).tolist(), abs=0.02)
+    np.testing.assert_allclose(leakage(read_picture(swapped), task), 1 - np.eye(2), atol=0.02)
     assert isolation_values(task, [swapped], [image])["leak"] > 0.98
     (shape, red, striped), (_, blue, dotted) = task.subjects
     crossed = Task(((shape, red, dotted), (shape, blue, striped)), task.boxes, task.background)

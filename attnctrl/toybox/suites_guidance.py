@@ -11,7 +11,7 @@ from attnctrl.metrics.frechet import frechet_distance
 
 from . import world
 from .embed import identity_embedding, style_embedding
-from .scorer import Expected, agrees, match, read_picture
+from .scorer import Expected, Found, agrees, match, read_picture
 from .suite import Images, Picture, Suite
 from .suites_layout import told_share
 
@@ -53,8 +53,8 @@ def values(task: Task, images: Images, plain: Images) -> dict[str, float]:
     return {"binding": float(np.mean(right)), "saturation": float(np.mean(off))}
 
 
-def _bound(task: Task, found: Sequence[object]) -> float:
-    pairs = zip(task.expected, match(task.expected, found), strict=True)  # type: ignore[arg-type]
+def _bound(task: Task, found: Sequence[Found]) -> float:
+    pairs = zip(task.expected, match(task.expected, found), strict=True)
     return float(np.mean([agrees(want, one) for want, one in pairs])) * (len(found) == len(task.expected))
 
 
@@ -67,14 +67,14 @@ def features(image: np.ndarray) -> np.ndarray:
     """What the scorer sees of a whole picture [D]: ground, number of subjects, their mean identity, style."""
     reading = read_picture(image)
     ground = np.array([reading.background == name for name in world.BACKGROUNDS], dtype=float)
-    style = style_embedding(image, reading)
+    style = style_embedding(reading)
     identities = [identity_embedding(image, one) for one in reading.subjects]
     blank = identity_embedding(*_anything())
     mean = np.mean(identities, axis=0) if identities else np.zeros_like(blank)
     return np.concatenate([ground, [len(identities) / 2], mean, style])
 
 
-def _anything() -> tuple[np.ndarray, object]:
+def _anything() -> tuple[np.ndarray, Found]:
     """A picture with a subject, to know how long an embedding is."""
     scene = world.WorldScene((world.WorldSubject("square", "red", "solid", 0.5, 0.5, 0.3),), "white")
     image = world.render(scene).image

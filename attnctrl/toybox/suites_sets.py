@@ -114,7 +114,7 @@ def style_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
     """`set_consistency`: mean cosine of style embeddings over pairs of pictures; `same_style`: share of pairs that are
     read as one style."""
     readings = [read_picture(image) for image in images]
-    found = [style_embedding(image, reading) for image, reading in zip(images, readings, strict=True)]
+    found = [style_embedding(reading) for reading in readings]
     consistency = [float(a @ b) for a, b in combinations(found, 2)]
     return {
         "set_consistency": float(np.mean(consistency)),

@@ -1,0 +1,159 @@
+"""Suites of sets of pictures: renders that do as told score full, and each thing that goes wrong lowers its own metric."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from attnctrl.toybox import suites_guidance as guidance
+from attnctrl.toybox import suites_references as references
+from attnctrl.toybox import suites_sets as sets
+from attnctrl.toybox import world
+from attnctrl.toybox.models.flux import tiny_pipeline
+from attnctrl.toybox.suite import Options, measure
+from attnctrl.toybox.suites import PAIRED
+from attnctrl.toybox.suites_run import Runner
+
+CENTRES = {"left": 0.3, "right": 0.7, "top": 0.3, "bottom": 0.7}
+
+
+def drawn(told: sets.Told, style: world.WorldStyle = world.WorldStyle(), **changes) -> np.ndarray:
+    """What one picture's words ask for; `changes` of the subject."""
+    words = told.prompt.split(", ")[0].split()
+    x, y = (next((CENTRES[w] for w in words if w in pair), 0.5) for pair in (("left", "right"), ("top", "bottom")))
+    radius = 0.13 if "small" in words else 0.2
+    want = told.expected
+    subject = world.WorldSubject(want.shape, want.color, want.pattern or "striped", x, y, radius)
+    return world.render(world.WorldScene((replace(subject, **changes),), told.background, style)).image
+
+
+def test_a_cast_that_stays_is_consistent():
+    task, _ = sets.SUBJECTS.task("test", 0)
+    assert len({told.background for told in task}) == len({told.prompt for told in task}) == sets.SET
+    same = [drawn(told) for told in task]
+    assert sets.subjects_values(task, same, same)["identity_similarity"] > 0.95
+    assert sets.fidelity(task, same) == 1
+    # the untold pattern drifts
+    patterns = ("solid", "striped", "dotted", "checked")
+    drift = [drawn(told, pattern=pattern) for told, pattern in zip(task, patterns, strict=True)]
+    assert sets.subjects_values(task, drift, drift)["identity_similarity"] < 0.85
+    assert sets.fidelity(task, drift) == 1
+    # one that is missing is consistent with nothing: three of six pairs remain
+    empty = [*same[:3], np.full_like(same[0], 128)]
+    assert sets.subjects_values(task, empty, empty)["identity_similarity"] == pytest.approx(0.5, abs=0.03)
+    assert sets.fidelity(task, empty) < 0.9
+
+
+def test_the_margin_is_over_other_casts():
+    tasks = [sets.SUBJECTS.task("test", index)[0] for index in range(3)]
+    images = [[drawn(told) for told in task] for task in tasks]
+    margin = sets.identity_margin(tasks, images)
+    within = np.mean([sets.subjects_values(t, i, i)["identity_similarity"] for t, i in zip(tasks, images, strict=True)])
+    assert 0.2 < margin < within
+    # the same cast in every task has no margin
+    assert abs(sets.identity_margin([tasks[0]] * 3, [images[0]] * 3)) < 0.1
+
+
+def test_one_style_is_consistent_and_four_are_not():
+    task, _ = sets.STYLE.task("test", 1)
+    assert len({told.expected.shape for told in task}) == len({told.expected.color for told in task}) == sets.SET
+    hatched = [drawn(told, world.WorldStyle("hatched", hatch_angle=45)) for told in task]
+    one = sets.style_values(task, hatched, hatched)
+    assert one["set_consistency"] > 0.9
+    assert one["same_style"] == 1
+    mixed = [drawn(told, world.WorldStyle(name)) for told, name in zip(task, world.STYLES, strict=True)]
+    several = sets.style_values(task, mixed, mixed)
+    assert several["set_consistency"] < one["set_consistency"] - 0.3
+    assert several["same_style"] == 0
+
+
+def test_reposition_tells_distances_and_scale_apart():
+    for index in range(8):
+        task, _ = sets.REPOSITION.task("test", index)
+        first, same, near, far, small = (told.prompt for told in task)
+        assert first == same
+        assert len({first, near, far, small}) == 4
+        assert small == far.replace("a large ", "a small ")
+        assert " center" in near
+    images = [drawn(told) for told in task]
+    values = sets.reposition_values(task, images, images)
+    assert set(values) == set(sets.REPOSITION.better)
+    assert min(values.values()) > 0.8
+    images[3] = drawn(task[3], color="red" if task[3].expected.color != "red" else "blue")
+    worse = sets.reposition_values(task, images, images)
+    assert worse["far"] < 0.8 * values["far"]
+    assert [worse[n] for n in ("same_place", "near", "far_and_small")] == [
+        values[n] for n in ("same_place", "near", "far_and_small")
+    ]
+
+
+def shown(task: references.Task, subject: world.WorldSubject, background: str | None = None) -> np.ndarray:
+    x = {"left": 0.27, "right": 0.73}[task.place]
+    placed = replace(subject, x=x, radius=0.2)
+    return world.render(world.WorldScene((placed,), background or task.background)).image
+
+
+def test_a_reference_that_comes_in_where_told_scores_full():
+    task, _ = references.REFERENCES.task("test", 2)
+    assert task.prompt == f"this thing {task.place}, {task.background} background"
+    first, second = references.REFERENCES.pictures(task, 5)
+    assert first.prompt == second.prompt
+    assert first.seed == second.seed == 5
+    assert first.reference.shape == (48, 48, 3)
+    assert (first.reference != second.reference).any()
+    images = [shown(task, task.subject), shown(task, task.other)]
+    values = references.values(task, images, images)
+    assert set(values) == set(references.REFERENCES.better)
+    assert values["identity_similarity"] > 0.85
+    assert [values[n] for n in ("color", "shape", "background_similarity")] == [1, 1, 1]
+    assert values["inclusion_ratio"] > 0.99
+    assert values["leak"] == pytest.approx(0, abs=1e-3)
+    assert references.fidelity(task, images) == 1
+    # the other half changes with the reference: a leak
+    grounds = [name for name in world.BACKGROUNDS if name != task.background]
+    leaking = [images[0], shown(task, task.other, grounds[0])]
+    assert references.values(task, leaking, images)["leak"] > 0.05
+    ignored = [images[0], images[0]]
+    assert references.values(task, ignored, images)["color"] == 0.5
+
+
+def test_guidance_is_measured_against_renders():
+    tasks = [guidance.GUIDANCE.task("test", index)[0] for index in range(12)]
+    assert {len(task.expected) for task in tasks} == {1, 2}
+    renders = [[world.render(task.scene).image] * guidance.PER_TASK for task in tasks]
+    values = [guidance.values(task, images, images) for task, images in zip(tasks, renders, strict=True)]
+    assert np.mean([one["binding"] for one in values]) == 1
+    assert max(one["saturation"] for one in values) == 0
+    # each render twice has its mean and, but for N - 1, its covariance
+    assert guidance.frechet(tasks, renders) < 1e-3
+    # pale pictures are not as colourful, and further away
+    pale = [[(0.4 * image + 0.6 * 128).astype(np.uint8) for image in images] for images in renders]
+    assert guidance.values(tasks[0], pale[0], renders[0])["saturation"] > 0.01
+    assert guidance.frechet(tasks, pale) > 0.1
+    # a subject too many is not bound
+    doubled = [world.render(tasks[0].scene).image.copy() for _ in range(2)]
+    for image in doubled:
+        image[:20, :20] = world.COLORS["red"] if tasks[0].expected[0].color != "red" else world.COLORS["blue"]
+    assert guidance.values(tasks[0], doubled, doubled)["binding"] < 1
+
+
+@pytest.mark.parametrize("name", ["subjects", "style", "reposition", "references", "guidance"])
+def test_each_suite_runs_on_a_pipeline(name):
+    runner = Runner(tiny_pipeline(), size=(64, 64), steps=1, batch=5)
+    found = measure(PAIRED[name], runner, "tiny", 2, None, Options(rows=True))
+    assert set(found["metrics"]) >= set(PAIRED[name].better)
+    assert all(entry["controlled"] is None for entry in found["metrics"].values())
+    assert len(found["rows"]) == 2
+    assert all(np.isfinite(entry["vanilla"]) for entry in found["metrics"].values())
+
+
+def test_references_need_a_model_that_follows_them():
+    import tiny_pipes
+
+    from attnctrl.errors import UnsupportedModelError
+
+    runner = Runner(tiny_pipes.sd(), size=(16, 16), steps=1)
+    with pytest.raises(UnsupportedModelError, match="shown to FLUX Kontext; found StableDiffusionPipeline"):
+        measure(PAIRED["references"], runner, "tiny", 1)
