@@ -113,7 +113,7 @@ class Scene(_Document):
     version: Annotated[Literal[1], Field(description="version of this format: 1")]
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, description="the whole picture, in words")]
     negative_prompt: Annotated[Prompt, Field(description="what the guidance moves away from")] = ""
-    model: Annotated[str, Field(max_length=200, description="toy-flux, a hub id, or ./folder beside the scene")] = (
+    model: Annotated[str, Field(max_length=200, description="a toy model, a hub id, or ./folder beside the scene")] = (
         "toy-flux"
     )
     width: Annotated[Side | None, Field(description="pixels; the model's own size if left out")] = None
@@ -122,10 +122,11 @@ class Scene(_Document):
         "normalised"
     )
     steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="denoising steps")] = None
-    guidance_scale: Annotated[Guidance | None, Field(description="the guidance the model was distilled with")] = None
-    true_cfg_scale: Annotated[Guidance | None, Field(description="classifier-free guidance with negative_prompt")] = (
-        None
-    )
+    guidance_scale: Annotated[
+        Guidance | None,
+        Field(description="classifier-free, or FLUX's distilled one"),
+    ] = None
+    true_cfg_scale: Annotated[Guidance | None, Field(description="FLUX's classifier-free guidance")] = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="seed of the first picture; the next ones count up")] = 0
     subjects: Annotated[tuple[Subject, ...], BeforeValidator(_listed)] = Field(
         default=(), max_length=MAX_SUBJECTS, description="what stands where"

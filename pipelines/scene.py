@@ -1,4 +1,4 @@
-"""Scenes on FLUX: text to picture, and picture to picture (Kontext) when the scene has a reference.
+"""Scenes on Stable Diffusion, SD3 and FLUX: text to picture, and on FLUX picture to picture (Kontext) with a reference.
 
 pipe = ScenePipeline.from_pretrained("toy-flux")
 picture = pipe(load_scene("scene.yaml"))[0]
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnctrl.pipelines.models import Model, find_model, load_pipeline, read_defaults
-from attnctrl.pipelines.settings import Settings, settings_of
+from attnctrl.pipelines.settings import Canvas, Settings, settings_of
 
 from attnctrl import files, provenance
 from attnctrl.errors import SceneError, UnsupportedModelError
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+PIPELINES = (
+    "FluxPipeline",
+    "FluxKontextPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+)
 Progress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all)."""
 
@@ -54,7 +61,7 @@ class ScenePicture:
 
 
 class ScenePipeline:
-    """Runs scenes on a FLUX pipeline, the user's own or one loaded by name. The pipeline stays what it is."""
+    """Runs scenes on a pipeline, the user's own or one loaded by name. The pipeline stays what it is."""
 
     def __init__(self, pipe: Any, identity: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> None:
         self.pipe = _checked(pipe)
@@ -65,7 +72,7 @@ class ScenePipeline:
     def from_pretrained(
         cls, model: str | Model = "toy-flux", *, device: str | None = None, dtype: torch.dtype | None = None
     ) -> ScenePipeline:
-        """Load a model: "toy-flux", a folder, or a hub id.
+        """Load a model: "toy-flux" and its kin, a folder, or a hub id.
 
         Args:
             model: Its name, or what `find_model` gave for it.
@@ -74,7 +81,7 @@ class ScenePipeline:
 
         Raises:
             AssetError: There is no such model, or it cannot be loaded.
-            UnsupportedModelError: It is not a FLUX model.
+            UnsupportedModelError: Its pipeline is none of `PIPELINES`.
         """
         import torch
 
@@ -88,7 +95,7 @@ class ScenePipeline:
         """Wrap a pipeline that the caller loaded; LoRA, offload and quantisation stay as they are.
 
         Args:
-            pipe: A FluxPipeline or FluxKontextPipeline.
+            pipe: One of `PIPELINES`.
             name: What provenance calls the model; where it was loaded from if left out.
 
         Raises:
@@ -125,7 +132,7 @@ class ScenePipeline:
 
     def settings(self, scene: Scene) -> Settings:
         """The values with which `scene` runs on this model. Raises `SceneError` if the size does not fit its grid."""
-        return settings_of(scene, self.defaults, self.pipe.vae_scale_factor, self.pipe.default_sample_size)
+        return settings_of(scene, self.defaults, canvas_of(self.pipe))
 
     def _picture(self, scene: Scene, seed: int, controlled: bool, progress: Progress | None) -> ScenePicture:
         import torch
@@ -158,10 +165,15 @@ class ScenePipeline:
 
     def _kontext(self) -> Any:
         """The same modules, as a pipeline that takes a reference picture."""
-        from diffusers import FluxKontextPipeline
+        from diffusers import FluxKontextPipeline, FluxPipeline
 
         if isinstance(self.pipe, FluxKontextPipeline):
             return self.pipe
+        if not isinstance(self.pipe, FluxPipeline):
+            raise SceneError(
+                f"reference: {type(self.pipe).__name__} follows no reference picture; leave it out, or take "
+                "a FLUX Kontext model such as toy-flux."
+            )
         pipe = FluxKontextPipeline(**self.pipe.components)
         pipe.set_progress_bar_config(**getattr(self.pipe, "_progress_bar_config", {}))
         return pipe
@@ -179,7 +191,7 @@ class ScenePipeline:
             "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(scheduler)},
             "settings": asdict(settings),
             "device": str(pipe._execution_device),
-            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "dtype": str(_denoiser(pipe).dtype).removeprefix("torch."),
             "versions": provenance.versions(),
         }
 
@@ -193,12 +205,22 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _checked(pipe: Any) -> Any:
-    from diffusers import FluxKontextPipeline, FluxPipeline
+def canvas_of(pipe: Any) -> Canvas:
+    """What a pipeline draws on."""
+    sample = getattr(_denoiser(pipe).config, "sample_size", None)
+    # FLUX's transformer has no size of its own, its pipeline has
+    own = int(getattr(pipe, "default_sample_size", None) or sample or 0)
+    return Canvas(type(pipe), pipe.vae_scale_factor, own * pipe.vae_scale_factor)
 
-    if not isinstance(pipe, (FluxPipeline, FluxKontextPipeline)):
+
+def _denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "transformer", None) or pipe.unet
+
+
+def _checked(pipe: Any) -> Any:
+    if not any(base.__name__ in PIPELINES for base in type(pipe).__mro__):
         raise UnsupportedModelError(
-            f"scenes run on FluxPipeline and FluxKontextPipeline; found {type(pipe).__name__}; load one of these."
+            f"scenes run on {', '.join(PIPELINES)}; found {type(pipe).__name__}; load one of these."
         )
     return pipe
 
@@ -208,7 +230,7 @@ def _arguments(pipe: Any, scene: Scene, settings: Settings, reference: Image.Ima
 
     arguments: dict[str, Any] = {
         "prompt": scene.prompt,
-        "negative_prompt": scene.negative_prompt if settings.true_cfg_scale > 1 else None,
+        "negative_prompt": scene.negative_prompt if settings.guided else None,
         "width": settings.width,
         "height": settings.height,
         "num_inference_steps": settings.steps,
@@ -216,6 +238,7 @@ def _arguments(pipe: Any, scene: Scene, settings: Settings, reference: Image.Ima
         "true_cfg_scale": settings.true_cfg_scale,
         "max_sequence_length": settings.max_sequence_length,
     }
+    arguments = {name: value for name, value in arguments.items() if value is not None or name == "negative_prompt"}
     if isinstance(pipe, FluxKontextPipeline):
         # Kontext derives the size from an area and the proportions; this area gives exactly the size asked for.
         arguments |= {

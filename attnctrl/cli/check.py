@@ -82,7 +82,9 @@ def _text(
     unplaced: list[str],
     explanation: Explanation,
 ) -> str:
-    guidance = f"guidance {settings.guidance_scale:g}, true CFG {settings.true_cfg_scale:g}"
+    guidance = f"guidance {settings.guidance_scale:g}"
+    if settings.true_cfg_scale is not None:
+        guidance += f", true CFG {settings.true_cfg_scale:g}"
     size = f"{settings.width} x {settings.height}"
     lines = [f"{path}: valid", f"{model}, {size}, {settings.steps} steps, {guidance}"]
     for region in regions:

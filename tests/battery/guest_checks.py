@@ -140,11 +140,11 @@ def equals_formula(
 ) -> None:
     """Every kernel call equals the dense formula on the query, key and value that it got; those of others are plain."""
     for call, stand in zip(calls, setting.calls if kinds is None else kinds, strict=True):
-        expected = [(torch.ones(call.query.shape[1], call.key.shape[1], dtype=torch.float64), None)]
-        if stand is not None:
-            expected = passes(setting, CASE, scene, stand)
-        difference = dense(call.query, call.key, call.value, *expected) - call.out
-        assert difference.abs().max() < tolerance(call.value)
+        if stand is None:
+            expected = call.plain()
+        else:
+            expected = dense(call.query, call.key, call.value, *passes(setting, CASE, scene, stand))
+        assert (expected - call.out).abs().max() < tolerance(call.value)
 
 
 def tolerance(value: torch.Tensor) -> float:

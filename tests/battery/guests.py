@@ -12,7 +12,8 @@ COMPILED_BLOCKS = "torch.compile of repeated blocks"
 NO_BLOCKS = {"sd3": "diffusers names no repeated blocks for it"}
 NO_CONTEXT = dict.fromkeys(("sd3", "unet"), "diffusers' caches of blocks are not made for it")
 NO_LORA = {"pixart": "diffusers' class takes no LoRA"}
-OWN_KERNEL = ("sd3", "unet", "auraflow", "cogview4", "pixart", "cogvideox")
+OWN_KERNEL = ("sd3", "unet", "auraflow", "cogview4", "pixart", "cogvideox", "lumina2")
+NO_CHECKPOINTS = {"hunyuan-image": "diffusers' refiner fails under it"}
 NO_DISPATCH = "its processors call PyTorch's kernel themselves"
 
 NO_HALVES = "diffusers' FasterCache fails on its outputs, which are no pictures"
@@ -31,9 +32,9 @@ EVERYWHERE: dict[str, Guest] = {
         kinds.math_backend, backend="_native_math", absent=dict.fromkeys(OWN_KERNEL, NO_DISPATCH)
     ),
     "the user's forward hooks": Guest(kinds.once(kinds.user_hooks)),
-    "gradient checkpointing, no gradients": Guest(kinds.once(kinds.checkpointing)),
+    "gradient checkpointing, no gradients": Guest(kinds.once(kinds.checkpointing), absent=NO_CHECKPOINTS),
     "gradient checkpointing, with gradients": Guest(
-        kinds.once(kinds.checkpointing), check.refused("no_grad"), gradients=True
+        kinds.once(kinds.checkpointing), check.refused("no_grad"), gradients=True, absent=NO_CHECKPOINTS
     ),
 }
 """Guests that every family of the battery meets."""

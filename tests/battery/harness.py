@@ -154,12 +154,19 @@ def dense(query: Tensor, key: Tensor, value: Tensor, *passes: tuple[Tensor, Tens
 
 @dataclass
 class Kernel:
-    """One kernel call as the attention processor sees it, [B, T, H, D]."""
+    """One kernel call as the attention processor sees it, [B, T, H, D], and the mask that it brings."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     out: Tensor
+    mask: Tensor | None = None
+
+    def plain(self) -> Tensor:
+        """What the call asks for when nobody controls it, in float64."""
+        mask = self.mask.double() if self.mask is not None and self.mask.is_floating_point() else self.mask
+        parts = (x.double().transpose(1, 2) for x in (self.query, self.key, self.value))
+        return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2)
 
 
 _TRANSFORMERS = "diffusers.models.transformers."
@@ -182,14 +189,15 @@ def probe(*, grad: bool = False, backend: str = "native") -> Iterator[list[Kerne
     def outer(**call: Any) -> Tensor:
         call["value"] = value_of(call["value"])
         out = dispatched(**call)
-        calls.append(Kernel(call["query"], call["key"], call["value"], out))
+        calls.append(Kernel(call["query"], call["key"], call["value"], out, call.get("attn_mask")))
         return out
 
     def around(before: Any) -> Any:
         def attention(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
             value = value_of(value.transpose(1, 2))
             out = before.scaled_dot_product_attention(query, key, value.transpose(1, 2), **call)
-            calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2)))
+            mask = call.get("attn_mask")
+            calls.append(Kernel(query.transpose(1, 2), key.transpose(1, 2), value, out.transpose(1, 2), mask))
             return out
 
         return types.SimpleNamespace(**{**vars(before), "scaled_dot_product_attention": attention})
