@@ -40,7 +40,7 @@ def ideal(task, places=None) -> np.ndarray:
 
 
 def test_suites_are_registered():
-    assert set(SUITES) == {"layout", "model"}
+    assert set(SUITES) == {"layout", "model", "scorer"}
 
 
 def test_tasks_differ_in_shape_and_colour_and_stay_on_the_canvas():

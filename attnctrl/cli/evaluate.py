@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="What to measure: layout, model, ...")],
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="What to measure: layout, model, scorer, ...")],
     model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
     seeds: Annotated[int, typer.Option(min=1, max=100_000, help="Pairs of pictures.")] = 64,
     variants: Annotated[

@@ -7,5 +7,10 @@ from typing import Any
 
 from .suites_layout import layout_suite
 from .suites_model import model_suite
+from .suites_scorer import scorer_suite
 
-SUITES: dict[str, Callable[..., dict[str, Any]]] = {"layout": layout_suite, "model": model_suite}
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {
+    "layout": layout_suite,
+    "model": model_suite,
+    "scorer": scorer_suite,
+}
