@@ -37,7 +37,7 @@ def suites(monkeypatch):
         return RESULT
 
     module = types.ModuleType("attnctrl.toybox.suites")
-    module.SUITES = {"layout": layout, "model": layout}
+    module.SUITES = {"layout": layout, "model": layout, "scorer": layout}
     module.PAIRED = {"layout": types.SimpleNamespace(variants={"other": {}})}
     monkeypatch.setitem(sys.modules, "attnctrl.toybox.suites", module)
     return asked
@@ -74,6 +74,7 @@ def test_eval_passes_on_how_to_measure(call, suites, tmp_path):
     assert Image.open(target).size == (8, 8)
     code, _, err = call("eval", "model", "--variants")
     assert code == 2
+    assert call("eval", "scorer", "--rows")[0] == 2
     assert "suite 'model' has no variants; these have: layout" in " ".join(err.replace("│", " ").split())
 
 

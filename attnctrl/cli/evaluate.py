@@ -28,7 +28,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SUITE",
-            help="What to measure: model, layout, isolation, references, subjects, reposition, style, guidance.",
+            help="Model, scorer, layout, isolation, references, subjects, reposition, style or guidance.",
         ),
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
@@ -61,6 +61,8 @@ def evaluate(
     if variants and not (suite in PAIRED and PAIRED[suite].variants):
         having = ", ".join(name for name, one in PAIRED.items() if one.variants)
         raise typer.BadParameter(f"suite '{suite}' has no variants; these have: {having}", param_hint="--variants")
+    if suite == "scorer" and (rows or grid is not None):
+        raise typer.BadParameter("the scorer reads renders: it has neither rows nor a grid", param_hint="SUITE")
     hush()
     save = None if grid is None else partial(write_png, grid)
     options = Options(split=split.value, variants=variants, rows=rows, grid=save)

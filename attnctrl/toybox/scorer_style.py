@@ -18,6 +18,8 @@ _CLEAR = 4.0
 """Pixels from a subject where the ground begins: past the widest rim and its blur."""
 _WAVE, _CELL = 6.0, 4
 """Pixels of a wave of hatching, and of a side of a cell of grain."""
+_LEAST = 8
+"""Fewer pixels of a ring say nothing."""
 _NORMAL_MEDIAN = 0.6745
 """Median magnitude of a standard normal variable."""
 WAVES = (5.0, 9.0)
@@ -92,12 +94,8 @@ def measure_style(image: np.ndarray, subjects: np.ndarray, background: str) -> E
     ground = outside > _CLEAR
     rims = np.zeros(1 + len(RIM_NAMES))
     if union.any() and ground.any():
-        rims = _rims(
-            value,
-            np.where(union, 0.5 - ndimage.distance_transform_edt(union), outside - 0.5),
-            np.median(value[ground], axis=0),
-            background,
-        )
+        distance = np.where(union, 0.5 - ndimage.distance_transform_edt(union), outside - 0.5)
+        rims = _rims(value, distance, value[ground], background)
     return Evidence(_waves(light, ground), _grain(light, ground), rims)
 
 
@@ -177,29 +175,40 @@ def _rim_color(value: np.ndarray, distance: np.ndarray, ground: np.ndarray) -> n
 
 
 _FAINT = 60.0
-"""Outlines nearer than this to the ground (black on black, white on white) are told by the pixels that go their way."""
-_FAINT_SHARES = (0.2, 0.4)
-"""What those pixels show without and with a faint rim, blurred and decoded."""
+"""Outlines nearer than this to the ground (black on black, white on white) drown in the mixtures of fill and ground, so
+they are told by how far whole rings around the subjects lie their way."""
+_FAINT_SHARES = (0.08, 0.2)
+"""How far, as a share, without and with a faint rim; blurred and decoded it is 0.3 or more, with noise on top 0.2."""
+_RINGS = ((0.4, 0.6), (0.8, 1.0), (1.4, 1.8), (2.2, 2.6))
+"""Distances of the pixels next to a subject, straight and aslant, and of the next ones."""
 _SPREAD, _STRANGE = 50.0, 90.0
 """How far a rim's colour is read from the true one, and how far is too far for any."""
 
 
 def _rims(value: np.ndarray, distance: np.ndarray, ground: np.ndarray, background: str) -> np.ndarray:
-    """Shares of no rim and of each outline; see `Evidence`."""
+    """Shares of no rim and of each outline, see `Evidence`; `ground` [P, 3] are the pixels away from subjects."""
+    plain = np.median(ground, axis=0)
     # A tint of the whole picture moves outlines as much as the ground.
-    drift = ground - np.array(world.BACKGROUNDS[background], dtype=float)
+    drift = plain - np.array(world.BACKGROUNDS[background], dtype=float)
     outlines = np.clip(np.array(list(world.OUTLINES.values())) + drift, 0, 255)
-    away = np.linalg.norm(outlines - ground, axis=1)
-    far = np.append(True, away > _FAINT)
-    gaps = np.linalg.norm(np.vstack([ground, outlines]) - _rim_color(value, distance, ground), axis=1)
+    far = np.append(True, np.linalg.norm(outlines - plain, axis=1) > _FAINT)
+    gaps = np.linalg.norm(np.vstack([plain, outlines]) - _rim_color(value, distance, plain), axis=1)
     shares = np.where(far, np.exp(-((gaps / _SPREAD) ** 2)), 0.0)
     shares = shares / (shares.sum() + np.exp(-((_STRANGE / _SPREAD) ** 2)))
     for index in np.flatnonzero(~far[1:]):
-        line = (outlines[index] - ground) / max(away[index], 1e-6) ** 2
-        # Mixtures of fill and ground go the other way, so only a rim lifts the highest of these.
-        along = (value[(distance >= 0.5) & (distance <= 1.5)] - ground) @ line
         low, high = _FAINT_SHARES
-        shown = np.quantile(along, (0.75, 0.9)).mean() if along.size else 0.0
+        shown = _faint_rim(value, distance, ground.mean(0), outlines[index])
         part = shares[0] * np.clip((shown - low) / (high - low), 0, 1)
         shares[0], shares[1 + index] = shares[0] - part, part
     return shares
+
+
+def _faint_rim(value: np.ndarray, distance: np.ndarray, ground: np.ndarray, outline: np.ndarray) -> float:
+    """How far the ring around subjects that comes nearest to `outline` lies from `ground` to it: 0 none, 1 all the way.
+
+    Mixtures with a fill lie the other way (beyond white is nothing brighter), so they never look like such a rim; a
+    ring's median does not mind noise.
+    """
+    line = (outline - ground) / max(float(((outline - ground) ** 2).sum()), 1e-6)
+    rings = [value[(distance > low) & (distance < high)] for low, high in _RINGS]
+    return max((float(np.median((ring - ground) @ line)) for ring in rings if len(ring) >= _LEAST), default=0.0)

@@ -12,6 +12,7 @@ from .suites_layout import ISOLATION, LAYOUT
 from .suites_model import model_suite
 from .suites_references import REFERENCES
 from .suites_run import Progress, Runner
+from .suites_scorer import scorer_suite
 from .suites_sets import REPOSITION, STYLE, SUBJECTS
 
 PAIRED: dict[str, Suite[Any]] = {
@@ -28,5 +29,6 @@ def _measured(
 
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
     "model": model_suite,
+    "scorer": scorer_suite,
     **{name: partial(_measured, suite) for name, suite in PAIRED.items()},
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnctrl.metrics import background_similarity, fill_ratio, inclusion_ratio
+from attnctrl.metrics import background_similarity, fill_ratio, identity_similarity, inclusion_ratio
 from attnctrl.metrics.layout import Box
 
 from . import world
@@ -72,7 +72,8 @@ def values(task: Task, images: Images, plain: Images) -> dict[str, float]:
         reading, picture = read_picture(image), task.reference(subject)
         (found,) = match([Expected(subject.shape, subject.color, subject.pattern)], reading.subjects)
         shown = read_picture(picture).subjects[0]
-        alike = 0.0 if found is None else float(identity_embedding(image, found) @ identity_embedding(picture, shown))
+        own = identity_embedding(picture, shown)
+        alike = 0.0 if found is None else identity_similarity(identity_embedding(image, found), own)
         scores["identity_similarity"].append(alike)
         scores["color"].append(found is not None and found.color == subject.color)
         scores["shape"].append(found is not None and found.shape == subject.shape)

@@ -12,6 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
+from attnctrl.metrics import identity_similarity, set_consistency
+
 from . import world
 from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Reading, match, read_picture
@@ -84,7 +86,7 @@ def _identities(task: Task, images: Images) -> list[np.ndarray | None]:
 
 def _cosine(a: np.ndarray | None, b: np.ndarray | None) -> float:
     """0 where either is missing: what is not there is consistent with nothing."""
-    return 0.0 if a is None or b is None else float(a @ b)
+    return 0.0 if a is None or b is None else identity_similarity(a, b)
 
 
 def subjects_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
@@ -114,10 +116,8 @@ def style_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
     """`set_consistency`: mean cosine of style embeddings over pairs of pictures; `same_style`: share of pairs that are
     read as one style."""
     readings = [read_picture(image) for image in images]
-    found = [style_embedding(reading) for reading in readings]
-    consistency = [float(a @ b) for a, b in combinations(found, 2)]
     return {
-        "set_consistency": float(np.mean(consistency)),
+        "set_consistency": set_consistency([style_embedding(reading) for reading in readings]),
         "same_style": float(np.mean([_same(a, b) for a, b in combinations(readings, 2)])),
     }
 
