@@ -14,7 +14,7 @@ from .controls.base import Control
 from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
 from .execute import Host
 from .families import Family, family_of, sizes_of
-from .kernels import MASKING, backend_name
+from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
 from .region import Region
@@ -362,6 +362,7 @@ class Engine:
             name = backend_name(layer.module)
             if name not in MASKING and name not in self._warned:
                 self._warned.add(name)
+                known_maskless.add(name)
                 warnings.warn(
                     f"The attention backend '{name}' cannot honour a mask, which soft or fine-grained controls need "
                     f"(first at {layer.name}); masked calls run on 'native' instead.",

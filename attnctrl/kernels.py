@@ -13,6 +13,7 @@ import functools
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -201,10 +202,28 @@ def _meet_dispatched(frame: list[Any], name: str, original: Callable[..., Tensor
         if mask is None:
             return original(**{**call, **given, "attn_mask": None}).transpose(1, 2)
         given["attn_mask"] = _four(mask)
-        return (original(**{**call, **given}) if masks else _native()(**given)).transpose(1, 2)
+        if masks:
+            return original(**{**call, **given}).transpose(1, 2)
+        _tell_of_native(name)
+        return _native()(**given).transpose(1, 2)
 
     query, key, value = (call[part].transpose(1, 2) for part in ("query", "key", "value"))
     return frame[0].run(query, key, value, call.get("attn_mask"), kernel, call.get("scale")).transpose(1, 2)
+
+
+known_maskless: set[str] = set()
+"""Backends of which the user was told that masked calls run on another one."""
+
+
+def _tell_of_native(name: str) -> None:
+    """Once per backend: the model's own mask needs another one. Of plans that need one the engine tells beforehand."""
+    if name in known_maskless or torch.compiler.is_compiling():
+        return
+    known_maskless.add(name)
+    warnings.warn(
+        f"The attention backend '{name}' cannot honour a mask; calls under control that have one run on 'native'.",
+        stacklevel=2,
+    )
 
 
 def _native() -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
-from harness import flux, regions
+from harness import FAMILIES, flux, regions
 from test_host import controlled, every_door, stack
 
 import attnctrl as ac
@@ -81,3 +81,32 @@ def test_a_backend_without_masks_keeps_the_unmasked_calls_and_warns_once() -> No
         assert all(mask is None for mask in masks)
     finally:
         registry[key] = original
+
+
+def test_a_mask_of_the_model_on_a_backend_without_masks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan itself needs none: the model's padding does, once it is merged."""
+    registry = _AttentionBackendRegistry._backends
+    key = next(key for key in registry if key.value == "_native_flash")
+    native = next(function for name, function in registry.items() if name.value == "native")
+    original = registry[key]
+    monkeypatch.setattr("attnctrl.kernels.known_maskless", set())
+
+    def maskless(**call: Any) -> torch.Tensor:
+        assert call.get("attn_mask") is None
+        return native(**call)
+
+    setting, hard = FAMILIES["qwen"](), ac.Isolate(regions())
+    padded = {"encoder_hidden_states_mask": torch.tensor([[True] * 4 + [False]])}
+    with ac.attach(setting.model, hard):
+        expected = setting.run(**padded)
+    registry[key] = maskless
+    try:
+        with attention_backend("_native_flash"), ac.attach(setting.model, hard):
+            with pytest.warns(UserWarning, match="'_native_flash' cannot honour a mask; calls under control"):
+                out = setting.run(**padded)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                setting.run(**padded)
+    finally:
+        registry[key] = original
+    assert torch.equal(out, expected)
