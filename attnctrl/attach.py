@@ -17,37 +17,42 @@ from torch import nn
 from .controls.base import Control
 from .engine import Entry, engine_of
 from .errors import ControlError, UnsupportedModelError
-from .report import Report, report_of
+from .report import Report, merged, report_of
 
 __all__ = ["Handle", "as_controls", "attach", "parts_of"]
 
 
 class Handle:
-    """A stack of controls that is on a model. Use it as a context manager, or call `detach`."""
+    """A stack of controls that is on a model, or on both of a pipeline that has two. Use it as a context manager, or
+    call `detach`.
+    """
 
-    def __init__(self, engine: Any, entry: Entry) -> None:
-        self._engine = engine
-        self._entry = entry
+    def __init__(self, parts: Sequence[tuple[Any, Entry]]) -> None:
+        self._parts = tuple(parts)
 
     @property
     def controls(self) -> tuple[Control, ...]:
-        return self._entry.controls
+        return self._parts[0][1].controls
 
     @property
     def attached(self) -> bool:
         """Whether the controls are still on the model."""
-        return self._entry.attached
+        return any(entry.attached for _, entry in self._parts)
 
     def report(self) -> Report:
         """What each control did so far."""
-        return report_of(self._engine, self._entry)
+        return merged([report_of(engine, entry) for engine, entry in self._parts])
+
+    def _remove(self) -> None:
+        for engine, entry in self._parts:
+            engine.remove(entry)
 
     def detach(self) -> None:
         """Take the controls off; warns of those that never acted. A second call does nothing."""
         if not self.attached:
             return
         silent = self.report().warnings
-        self._engine.remove(self._entry)
+        self._remove()
         for text in silent:
             warnings.warn(text, stacklevel=2)
 
@@ -61,7 +66,7 @@ class Handle:
             self.detach()
         else:
             # an exception explains why controls did not act
-            self._engine.remove(self._entry)
+            self._remove()
 
 
 def attach(
@@ -77,8 +82,8 @@ def attach(
     Attaching again adds to what is there; the stacks act together and leave in any order.
 
     Args:
-        pipe_or_model: a Diffusers pipeline, or its transformer. The pipeline brings its scheduler (for windows) and its
-            text encoder (for the prompts of regions).
+        pipe_or_model: a Diffusers pipeline, or its transformer. The pipeline brings its scheduler (for windows), its
+            text encoder (for the prompts of regions), and a second denoiser, where it has one.
         controls: one control or a list; they compose in list order.
         scheduler: whose timesteps place the windows when a bare model is given.
         branches: guidance branches of one batch in the order of its rows, such as ("uncond", "cond"), for a bare model
@@ -91,10 +96,23 @@ def attach(
         ControlError, SelectionError: a control that cannot work on this model.
     """
     model, pipe = parts_of(pipe_or_model)
-    engine = engine_of(model)
-    entry = Entry(as_controls(controls), pipe, scheduler, branches=branches, own_kernels=own_kernels)
-    engine.add(entry)
-    return Handle(engine, entry)
+    stack = as_controls(controls)
+    # Wan 2.2 hands over to a second denoiser at low noise levels
+    second = getattr(pipe, "transformer_2", None)
+    models = [model] if second is None or second is model else [model, second]
+    parts = [
+        (engine_of(one), Entry(stack, pipe, scheduler, branches=branches, own_kernels=own_kernels)) for one in models
+    ]
+    added = []
+    try:
+        for engine, entry in parts:
+            engine.add(entry)
+            added.append((engine, entry))
+    except Exception:
+        for engine, entry in added:
+            engine.remove(entry)
+        raise
+    return Handle(parts)
 
 
 def parts_of(pipe_or_model: Any) -> tuple[nn.Module, Any]:
@@ -109,13 +127,6 @@ def parts_of(pipe_or_model: Any) -> tuple[nn.Module, Any]:
         raise UnsupportedModelError(
             f"Controls go on a Diffusers pipeline or its transformer; found {type(pipe_or_model).__name__}, which has "
             "neither a transformer nor a unet."
-        )
-    second = getattr(pipe, "transformer_2", None)
-    if second is not None and second is not model:
-        warnings.warn(
-            f"{type(pipe).__name__} has a second transformer for low noise levels, on which these controls do not act. "
-            "Attach to pipe.transformer_2 as well, with scheduler=pipe.scheduler and prompt_embeds for the regions.",
-            stacklevel=3,
         )
     return model, pipe
 

@@ -8,6 +8,7 @@ all else is the same code. Setting the original processors again takes everythin
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -106,6 +107,13 @@ def processors(
     from .attach import as_controls, parts_of
 
     model, pipe = parts_of(pipe_or_model)
+    second = getattr(pipe, "transformer_2", None)
+    if second is not None and second is not model:
+        warnings.warn(
+            f"{type(pipe).__name__} has a second transformer for low noise levels, on which these processors do not "
+            "act. Use attnctrl.attach(...), which goes on both.",
+            stacklevel=2,
+        )
     stack = as_controls(controls)
     engine = engine_of(model)
     check_model(model, engine.layers)

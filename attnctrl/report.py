@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ControlError
@@ -80,28 +80,34 @@ def report() -> Report:
     """What the controls did that came last in this process: so far while they are on their model, else until they left.
 
     Raises:
-        ControlError: when there have been none.
+        ControlError: when there have been none, or their model is gone.
     """
     if not _recent:
         raise ControlError("No controls have been on a model in this process. Attach some, and run the pipeline.")
-    found = _recent[0]
-    if isinstance(found, Report):
-        return found
-    engine, entry = (reference() for reference in found)
-    if engine is None or entry is None:
+    found = [one if isinstance(one, Report) else _alive(*one) for one in _recent]
+    return merged(found)
+
+
+def _alive(engine: Any, entry: Any) -> Report:
+    if engine() is None or entry() is None:
         raise ControlError("The model of the last controls is gone. Ask for the report before it is deleted.")
-    return report_of(engine, entry)
+    return report_of(engine(), entry())
 
 
 def arrived(engine: Any, entry: Any) -> None:
     """An entry came: `report` tells of it, and keeps neither it nor its model alive."""
-    _recent[:] = [(weakref.ref(engine), weakref.ref(entry))]
+    last = _recent[-1][1]() if _recent and not isinstance(_recent[-1], Report) else None
+    # a pipeline with two denoisers has an entry on each
+    if last is None or last.pipe is None or last.pipe is not entry.pipe or last.controls is not entry.controls:
+        _recent.clear()
+    _recent.append((weakref.ref(engine), weakref.ref(entry)))
 
 
 def left(engine: Any, entry: Any) -> None:
     """An entry leaves: what it did is kept, the model is not."""
-    if _recent and not isinstance(_recent[0], Report) and _recent[0][1]() is entry:
-        _recent[:] = [report_of(engine, entry)]
+    for number, one in enumerate(_recent):
+        if not isinstance(one, Report) and one[1]() is entry:
+            _recent[number] = report_of(engine, entry)
 
 
 _recent: list[Any] = []
@@ -136,6 +142,31 @@ def report_of(engine: Any, entry: Any) -> Report:
     selected = {name for seat in seats.values() for name in seat.layers}
     notes = stand_in_notes([layer for layer in engine.layers if layer.name in selected])
     return Report(entry.forwards, tuple(reports), tuple(silent), notes)
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of the same controls on several denoisers of a pipeline."""
+    if len(reports) == 1:
+        return reports[0]
+    controls = tuple(
+        replace(
+            first,
+            acted=next((one.acted for one in same if one.forwards), first.acted),
+            forwards=sum(one.forwards for one in same),
+            **{name: _union(getattr(one, name) for one in same) for name in ("steps", "rows", "plans")},
+        )
+        for first, *others in zip(*(one.controls for one in reports), strict=True)
+        for same in [(first, *others)]
+    )
+    # silent is who acted in none of them
+    acted = {f"'{one.name}'" for one in controls if one.forwards}
+    warnings = tuple(text for text in reports[-1].warnings if text.split(" ")[0] not in acted)
+    notes = tuple(dict.fromkeys(note for one in reports for note in one.notes))
+    return Report(sum(one.forwards for one in reports), controls, warnings, notes)
+
+
+def _union(parts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(sorted({item for part in parts for item in part}))
 
 
 def _described(engine: Any, names: Any) -> str:

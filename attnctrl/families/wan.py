@@ -7,7 +7,8 @@ Wan 2.1's image to video reads the encoded picture in the first kernel call of i
 second. It takes the last 512 tokens for the text, so there the texts of regions take the place of the prompt's padding,
 which is zeros. The other models read any number of tokens.
 
-Wan 2.2 has two transformers, one per half of the noise levels: `pipe.transformer` and `pipe.transformer_2`.
+Wan 2.2 has two transformers, one per half of the noise levels, `pipe.transformer` and `pipe.transformer_2`: `attach` on
+the pipeline goes on both.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def test_windows_follow_the_scheduler(kind: Any) -> None:
         (one,) = handle.report().controls
         # PNDM has a second timestep twice, and both forwards stand at the same step
         assert one.steps == ((0, 1) if kind is PNDMScheduler else (0, 1, 2))
-        sigmas = handle._engine._place.levels(pipe.scheduler)[1]
+        sigmas = handle._parts[0][0]._place.levels(pipe.scheduler)[1]
         with ac.attach(pipe, ac.Isolate([LEFT, RIGHT], window=ac.Sigma(sigmas[1], sigmas[-2]))) as handle:
             generate("sd", steps=6)
         chosen = {i for i, sigma in enumerate(sigmas) if sigmas[-2] < sigma <= sigmas[1]}
@@ -196,7 +196,10 @@ def test_region_texts_of_sd3_without_t5() -> None:
     with ac.attach(pipe, ac.Regions([LEFT, RIGHT])) as handle:
         pipe(PROMPT, num_inference_steps=1, output_type="latent", **SIZES["sd3"])
         clip = pipe.tokenizer_max_length
-        assert [len(handle._entry.embeds(region, handle._engine.family)) for region in (LEFT, RIGHT)] == [clip, clip]
+        assert [len(handle._parts[0][1].embeds(region, handle._parts[0][0].family)) for region in (LEFT, RIGHT)] == [
+            clip,
+            clip,
+        ]
 
 
 @pytest.mark.parametrize("make", [unet, sd3])

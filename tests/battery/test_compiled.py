@@ -113,7 +113,7 @@ def test_own_kernels_are_counted_on_when_asked_for(own: bool, compiled: bool) ->
     if compiled:
         setting.model.compile_repeated_blocks(backend="eager")
     with ac.attach(setting.model, stack(), own_kernels=own) as handle:
-        engine = handle._engine
+        engine, _ = handle._parts[0]
         assert engine._host(torch.device("cpu")) == Host()
         assert engine._host(cuda) == (Host(own_kernels=True, compiling=compiled) if own else Host())
         with attention_backend("_native_math"):

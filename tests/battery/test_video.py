@@ -70,10 +70,18 @@ def test_the_texts_of_image_to_video_take_the_place_of_padding_only() -> None:
         setting.run()
 
 
-def test_a_second_transformer_is_warned_of() -> None:
+def test_processors_warn_of_a_second_transformer() -> None:
     pipe = SimpleNamespace(transformer=tiny.wan(), transformer_2=tiny.wan(seed=1))
     with pytest.warns(UserWarning, match="second transformer"):
-        ac.attach(pipe, ac.Isolate(regions())).detach()
+        ac.processors(pipe, ac.Isolate(regions()))
+
+
+def test_what_cannot_go_on_the_second_transformer_leaves_the_first() -> None:
+    pipe = SimpleNamespace(transformer=tiny.wan(), transformer_2=torch.nn.Linear(1, 1))
+    base = dict(pipe.transformer.__dict__)
+    with pytest.raises(ac.UnsupportedModelError, match="Linear"):
+        ac.attach(pipe, ac.Isolate(regions()))
+    assert pipe.transformer.__dict__.keys() == base.keys()
 
 
 def test_a_given_first_frame_does_not_hide_the_noise_level() -> None:
@@ -84,7 +92,7 @@ def test_a_given_first_frame_does_not_hide_the_noise_level() -> None:
         handle = ac.attach(setting.model, ac.Isolate(regions(), window=window))
         setting.run(timestep=timestep)
         assert handle.report().controls[0].forwards == acts
-        handle._engine.remove(handle._entry)
+        handle._remove()
 
 
 def test_ltx_wants_the_sizes_of_the_film() -> None:

@@ -139,3 +139,34 @@ def test_a_batch_that_may_be_guided_is_not_guessed() -> None:
     pipe, options = made("cogvideox")
     with ac.attach(pipe, ac.Isolate(REGIONS)), pytest.raises(ac.ControlError, match=r"branches=\('uncond', 'cond'\)"):
         pipe(**options)
+
+
+def test_both_transformers_of_wan_are_controlled(monkeypatch: Any) -> None:
+    """High noise levels run on the first, low ones on the second: windows, rows and warnings are those of the run."""
+    monkeypatch.setattr(pipeline_wan, "ftfy", SimpleNamespace(fix_text=lambda words: words), raising=False)
+    pipe, options = made("wan")
+    pipe.register_modules(transformer_2=tiny.wan(seed=1))
+    pipe.register_to_config(boundary_ratio=0.6)
+    early, late = ac.Isolate(REGIONS, window=(0.0, 0.25)), ac.Isolate(REGIONS, window=(0.75, 1.0))
+
+    def run(scale: float = 3.0) -> torch.Tensor:
+        return pipe(generator=torch.Generator().manual_seed(0), guidance_scale=scale, **options).frames
+
+    base = run()
+    with ac.attach(pipe, [ac.Regions(REGIONS), early, late]) as handle:
+        out = run()
+        report = handle.report()
+    assert (out - base).abs().max() > 1e-3
+    assert [one.steps for one in report.controls] == [(0, 1, 2, 3), (0,), (3,)]
+    assert [one.forwards for one in report.controls] == [4, 1, 1]
+    assert (report.forwards, report.warnings) == (8, ())
+    assert report.controls[0].rows == (("cond", 0),)
+    assert ac.report() == report
+    assert torch.equal(run(), base)
+    # who acts in neither is warned of, once
+    with (
+        pytest.warns(UserWarning, match=r"acted in none of") as told,
+        ac.attach(pipe, ac.Isolate(REGIONS, branch="uncond")),
+    ):
+        run(scale=1.0)
+    assert len(told) == 1
