@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from .attach import parts_of
 from .errors import LayoutError, UnsupportedModelError
+from .families import Reader, family_of
 
-__all__ = ["Reader", "phrase_spans"]
+__all__ = ["phrase_spans"]
 
 Span = tuple[int, int]
 """Tokens [start, stop) of the text sequence."""
-
-
-def _as_it_is(pipe: Any, prompt: str) -> str:
-    return prompt
-
-
-def _at_the_start(pipe: Any) -> int:
-    return 0
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A tokenizer of a pipeline whose tokens stand in the text sequence.
-
-    Attributes:
-        tokenizer: name of the pipeline's component; readers whose component is None are passed over.
-        written: (pipeline, prompt) -> what the tokenizer is given, a template with the prompt in it, say.
-        begin: pipeline -> place of its first token in the text sequence; negative where leading tokens are dropped.
-    """
-
-    tokenizer: str = "tokenizer"
-    written: Callable[[Any, str], str] = _as_it_is
-    begin: Callable[[Any], int] = _at_the_start
 
 
 def phrase_spans(pipe: Any, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[Span, ...]:
@@ -57,9 +34,6 @@ def phrase_spans(pipe: Any, prompt: str, phrase: str, occurrence: int | None = N
         LayoutError: when the prompt does not hold the phrase (as often), or the tokenizer cuts it off.
         UnsupportedModelError: when the family's or the tokenizer's places are not known.
     """
-    from .attach import parts_of
-    from .families import family_of
-
     family = family_of(parts_of(pipe)[0])
     readers = [reader for reader in family.readers if getattr(pipe, reader.tokenizer, None) is not None]
     if not readers:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures, Slots
-from ..phrases import Reader
 from ..rotary import Rotary
 from ..select import Layer
+from .reader import Reader
 
 __all__ = [
     "Arguments",
     "Carrier",
     "Family",
+    "Reader",
     "Text",
     "all_families",
     "append_to",

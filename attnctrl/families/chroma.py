@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..phrases import Reader
 from . import Arguments, flux
+from .reader import Reader
 
 _MOST = 512
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures
-from ..phrases import Reader
 from ..region import Grid
 from ..rotary import Rotary
 from . import Arguments, Family, joint, stacks
+from .reader import Reader
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..layout import Measures, Slots
-from ..phrases import Reader
 from ..rotary import Rotary
 from . import Arguments, Family, append_to, flux, joint, stacks
+from .reader import Reader
 
 _MOST = 512
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures, Slots
-from ..phrases import Reader
 from ..region import by
 from ..rotary import Rotary
 from . import Arguments, Carrier, Family, append_to, joint, stacks
+from .reader import Reader
 
 
 class _Shapes(Carrier):

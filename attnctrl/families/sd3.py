@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..layout import Frame, Frames, Layout, Measures
-from ..phrases import Reader
 from . import Arguments, Family, append_to, stacks
+from .reader import Reader
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Frame, Frames, Layout, Measures
-from ..phrases import Reader
 from ..select import Layer
 from . import Arguments, Family, append_to
+from .reader import Reader
 
 _PLACE = re.compile(r"(down|up)_blocks\.(\d+)\.|(mid)_block\.")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures, Slots
-from ..phrases import Reader
 from ..rotary import Rotary
 from . import Arguments, Carrier, Family, stacks
+from .reader import Reader
 
 _MULTIPLE = 32
 _MOST = 512
