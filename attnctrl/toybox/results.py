@@ -18,8 +18,7 @@ ORDER = ("model", "scorer", "layout", "isolation", "references", "subjects", "re
 INTRODUCTION = """# Results
 
 Written by `make results` from `benchmarks/results/`, where the output of each command is kept. The toy models are
-small:
-read these numbers as how a method acts, with its price, not as what it reaches on a large model.
+small: read these numbers as how a method acts, with its price, not as what it reaches on a large model.
 
 A cell is the mean with control, and in brackets the 95 % bootstrap interval of its difference from the same seeds
 without (of the mean itself where nothing is controlled). An arrow says where better is. Tasks are of the split "test",
