@@ -54,8 +54,8 @@ with a real tokenizer, velocity prediction and DDIM with zero terminal signal.""
 pipe = StableDiffusionPipeline.from_pretrained("assets/toy-sd")
 image = pipe("a red circle, white background", num_inference_steps=20, guidance_scale=3.0).images[0]""",
         more="",
-        limits=f"""One and two subjects mostly come out as told; with three, most pictures have something wrong. Circles come
-out a little angular (see the samples). {_UNSEEN}""",
+        limits=f"""One and two subjects mostly come out as told; with three, most pictures have something wrong. Circles
+come out a little angular (see the samples). {_UNSEEN}""",
     ),
     "toy-sd3": About(
         what="""A real Stable Diffusion 3, small enough for a laptop's CPU: `SD3Transformer2DModel` with 6 blocks (5
