@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
 import attnctrl
+from attnctrl.execute.bench import interleaved
 from attnctrl.metrics import metric, result
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.metrics.stats import Better, Metric
@@ -116,7 +116,7 @@ def measure(
     wanted = [suite.pictures(task, number) for task, number in zip(tasks, numbers, strict=True)]
     settings = _settings(suite, options)
     tick = Counter((1 + len(settings)) * sum(map(len, wanted)), progress)
-    plain, spent = _draw(runner, wanted, {}, tick)
+    plain = _draw(runner, wanted, {}, tick)
     vanilla = _values(suite, tasks, plain, plain)
     metrics: dict[str, Metric] = {}
     drawn: dict[str, Sequence[Images]] = {"vanilla": plain}
@@ -126,14 +126,14 @@ def measure(
     ]
     better = {**suite.better, **COMMON}
     for prefix, controls in settings.items():
-        images, took = _draw(runner, wanted, controls, tick)
+        images = _draw(runner, wanted, controls, tick)
         steered = _values(suite, tasks, images, plain)
         drawn[prefix.rstrip(".") or "controlled"] = images
         for name, direction in better.items():
             metrics[prefix + name] = metric([v[name] for v in vanilla], [v[name] for v in steered], direction)
         for name, (direction, whole) in suite.whole.items():
             metrics[prefix + name] = _single(direction, whole(tasks, plain), whole(tasks, images))
-        metrics[f"{prefix}time_ratio"] = _single("lower", 1.0, median(took) / median(spent))
+        metrics[f"{prefix}time_ratio"] = _single("lower", 1.0, time_ratio(runner, wanted, controls))
         metrics[f"{prefix}memory_ratio"] = _single("lower", 1.0, _memory(runner, wanted, controls))
         for row, values in zip(rows, steered, strict=True):
             row[prefix.rstrip(".") or "controlled"] = values
@@ -198,32 +198,36 @@ def build_controls(fields: Fields, pictures: Sequence[Picture]) -> list[attnctrl
 
 
 def _draw(
-    runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, tick: Counter
-) -> tuple[list[Images], list[float]]:
-    """Images of each task, and the seconds that a picture of each batch took."""
+    runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, tick: Callable[[int], None]
+) -> list[Images]:
+    """Images of each task."""
     flat = [one for pictures in wanted for one in pictures]
-    seconds: list[float] = []
-    last = time.perf_counter()
 
     def around(start: int, stop: int) -> Any:
         return attnctrl.attach(runner.pipe, build_controls(fields, flat[start:stop]))
 
-    def done(count: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        seconds.append((now - last) / count)
-        last = now
-        tick(count)
-
     each = len(wanted[0])
     whole = runner.with_batch(max(each, runner.batch // each * each))
-    images = _pictures(whole, flat, around if fields else None, done)
-    return [images[at : at + each] for at in range(0, len(images), each)], seconds
+    images = _pictures(whole, flat, around if fields else None, tick)
+    return [images[at : at + each] for at in range(0, len(images), each)]
 
 
 def _pictures(runner: Runner, wanted: Sequence[Picture], around: Any, done: Any = None) -> list[np.ndarray]:
     shown = [one.reference for one in wanted if one.reference is not None]
     return runner.draw([one.prompt for one in wanted], [one.seed for one in wanted], around, done, shown or None)
+
+
+def time_ratio(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, repeats: int = 5) -> float:
+    """Seconds of a batch of pictures of four steps, with control over without: medians of an interleaved run."""
+    pictures = [one for task in wanted for one in task][: runner.batch]
+    short = runner.with_steps(4)
+
+    def around(_start: int, _stop: int) -> Any:
+        return attnctrl.attach(runner.pipe, build_controls(fields, pictures))
+
+    calls = {"plain": lambda: _pictures(short, pictures, None), "steered": lambda: _pictures(short, pictures, around)}
+    seconds = interleaved(calls, repeats)
+    return seconds["steered"] / seconds["plain"]
 
 
 def _memory(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields) -> float:
