@@ -19,7 +19,8 @@ __all__ = ["ControlReport", "Report", "report", "report_of"]
 class ControlReport:
     """What one control did: the layers it selected and those it acted in, the forwards, steps and rows, its plans.
 
-    A row is (guidance branch, sample of the batch).
+    A row is (guidance branch, sample of the batch). `skipped` are forwards in which it was due, but a cache or a guider
+    left its layers out.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ControlReport:
     strength: float
     idle: bool
     forwards: int
+    skipped: int
     steps: tuple[int, ...]
     rows: tuple[tuple[str, int], ...]
     plans: tuple[str, ...]
@@ -116,7 +118,7 @@ _recent: list[Any] = []
 def report_of(engine: Any, entry: Any) -> Report:
     """What each control of an entry did so far on an engine's model."""
     seats = {id(seat.control): seat for seat in entry.seats}
-    reports, silent = [], []
+    reports = []
     for control in entry.controls:
         seat = seats.get(id(control))
         reports.append(
@@ -129,40 +131,41 @@ def report_of(engine: Any, entry: Any) -> Report:
                 strength=control.strength,
                 idle=control.is_idle,
                 forwards=seat.forwards if seat else 0,
+                skipped=seat.skipped if seat else 0,
                 steps=tuple(sorted(seat.steps)) if seat else (),
                 rows=tuple(sorted((row.branch or "one", row.sample) for row in seat.rows)) if seat else (),
                 plans=tuple(sorted(seat.plans)) if seat else (),
             )
         )
-        if entry.forwards and seat is not None and seat.forwards == 0:
-            silent.append(
-                f"'{control.name}' (window {window_to_json(control.window)}, branch {control.branch}) acted in "
-                f"none of {entry.forwards} forwards. {_why_silent(seat.skipped)}"
-            )
     selected = {name for seat in seats.values() for name in seat.layers}
     notes = stand_in_notes([layer for layer in engine.layers if layer.name in selected])
-    return Report(entry.forwards, tuple(reports), tuple(silent), notes)
+    return _report(entry.forwards, reports, notes)
 
 
 def merged(reports: Sequence[Report]) -> Report:
     """One report of the same controls on several denoisers of a pipeline."""
-    if len(reports) == 1:
-        return reports[0]
-    controls = tuple(
+    controls = [
         replace(
-            first,
-            acted=next((one.acted for one in same if one.forwards), first.acted),
-            forwards=sum(one.forwards for one in same),
+            same[0],
+            acted=next((one.acted for one in same if one.forwards), same[0].acted),
+            **{name: sum(getattr(one, name) for one in same) for name in ("forwards", "skipped")},
             **{name: _union(getattr(one, name) for one in same) for name in ("steps", "rows", "plans")},
         )
-        for first, *others in zip(*(one.controls for one in reports), strict=True)
-        for same in [(first, *others)]
-    )
-    # silent is who acted in none of them
-    acted = {f"'{one.name}'" for one in controls if one.forwards}
-    warnings = tuple(text for text in reports[-1].warnings if text.split(" ")[0] not in acted)
+        for same in zip(*(one.controls for one in reports), strict=True)
+    ]
     notes = tuple(dict.fromkeys(note for one in reports for note in one.notes))
-    return Report(sum(one.forwards for one in reports), controls, warnings, notes)
+    return _report(sum(one.forwards for one in reports), controls, notes)
+
+
+def _report(forwards: int, controls: Sequence[ControlReport], notes: tuple[str, ...]) -> Report:
+    """A report that warns of the controls that acted in none of its forwards."""
+    silent = [one for one in controls if forwards and not (one.idle or one.forwards)]
+    warnings = tuple(
+        f"'{one.name}' (window {one.window}, branch {one.branch}) acted in none of {forwards} forwards. "
+        f"{_why_silent(one.skipped)}"
+        for one in silent
+    )
+    return Report(forwards, tuple(controls), warnings, notes)
 
 
 def _union(parts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:

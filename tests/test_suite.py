@@ -12,7 +12,7 @@ import torch
 from attnctrl.metrics.frechet import frechet_distance
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.toybox.models.flux import tiny_pipeline
-from attnctrl.toybox.suite import COMMON, Options, Picture, build_controls, diversity, measure
+from attnctrl.toybox.suite import COMMON, Options, Picture, build_controls, diversity, measure, time_ratio
 from attnctrl.toybox.suites_layout import CONTROLS, LAYOUT, VARIANTS
 from attnctrl.toybox.suites_run import Runner
 
@@ -98,6 +98,23 @@ def test_the_layout_suite_measures_what_it_names(runner):
         assert list(entry) == ["vanilla", "controlled", "delta", "ci95", "better"]
         assert entry["delta"] == pytest.approx(entry["controlled"] - entry["vanilla"])
         assert entry["better"] == {**LAYOUT.better, **COMMON}.get(name, "lower")
+
+
+def test_the_time_is_that_of_one_interleaved_run(runner, monkeypatch):
+    """Both ways are run in it, the plain one without controls."""
+    drawn = []
+
+    def clock(calls, repeats):
+        drawn.extend(call() for call in calls.values())
+        assert repeats >= 3
+        return {"plain": 2.0, "steered": 3.0}
+
+    monkeypatch.setattr("attnctrl.toybox.suite.interleaved", clock)
+    wanted = [LAYOUT.pictures(*LAYOUT.task("test", 0))]
+    assert time_ratio(runner, wanted, CONTROLS) == 1.5
+    plain = runner.with_steps(4).draw([wanted[0][0].prompt], [wanted[0][0].seed])
+    assert np.array_equal(drawn[0][0], plain[0])
+    assert not np.array_equal(drawn[1][0], plain[0])
 
 
 def test_variants_and_other_settings_come_by_name(runner):

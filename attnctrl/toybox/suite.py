@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 import attnctrl
+from attnctrl.controls import CONTROLS
 from attnctrl.execute.bench import interleaved
 from attnctrl.metrics import metric, result
 from attnctrl.metrics.memory import peak_bytes
@@ -186,15 +187,9 @@ def _single(better: Better, vanilla: float, controlled: float | None = None) -> 
 
 def build_controls(fields: Fields, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
     """Controls for a batch of pictures, each sample with its own regions."""
-    from attnctrl.controls.base import Control
-
-    scenes = [list(one.regions) for one in pictures]
-    kinds = {kind.name: kind for kind in (attnctrl.Isolate, attnctrl.Regions)}
-    made: list[Control] = []
-    for name, values in fields.items():
-        regions = {"regions": scenes} if name == "regions" else {}
-        made.append(kinds[name](**{**values, **regions}))
-    return made
+    scenes = {"regions": [list(one.regions) for one in pictures]}
+    kinds: Mapping[str, Callable[..., attnctrl.Control]] = CONTROLS
+    return [kinds[name](**values, **(scenes if name == "regions" else {})) for name, values in fields.items()]
 
 
 def _draw(

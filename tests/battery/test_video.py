@@ -84,6 +84,21 @@ def test_what_cannot_go_on_the_second_transformer_leaves_the_first() -> None:
     assert pipe.transformer.__dict__.keys() == base.keys()
 
 
+def _forwards_of(pipe: Any, setting: Any, controls: list[ac.Control]) -> list[int]:
+    with ac.attach(pipe, controls) as handle:
+        setting.run()
+        return [one.forwards for one in handle.report().controls]
+
+
+def test_a_silent_control_is_told_apart_from_its_namesake() -> None:
+    """One of two isolations never comes, and the second transformer never runs: the warning is of the silent one."""
+    first = settings.wan()
+    pipe = SimpleNamespace(transformer=first.model, transformer_2=tiny.wan(seed=1))
+    with pytest.warns(UserWarning, match=r"branch uncond\) acted in none of 1 forwards") as told:
+        assert _forwards_of(pipe, first, [ac.Isolate(regions()), ac.Isolate(regions(), branch="uncond")]) == [1, 0]
+    assert len(told) == 1
+
+
 def test_a_given_first_frame_does_not_hide_the_noise_level() -> None:
     """Each token has its timestep, 0 in the first frame."""
     setting = settings.wan()
