@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, Isolate, Regions
+    from .controls import Control, GroupIsolation, Isolate, RegionModulation, Regions
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -49,6 +49,7 @@ __all__ = [
     "ControlError",
     "ControlledAttnProcessor",
     "Explanation",
+    "GroupIsolation",
     "Handle",
     "Isolate",
     "IsolationAttnProcessor",
@@ -56,6 +57,7 @@ __all__ = [
     "PlanError",
     "Region",
     "RegionAttnProcessor",
+    "RegionModulation",
     "Regions",
     "Report",
     "SceneError",
@@ -74,7 +76,7 @@ __all__ = [
 
 _HOMES = {
     "attach": ("Handle", "attach"),
-    "controls": ("Control", "Isolate", "Regions"),
+    "controls": ("Control", "GroupIsolation", "Isolate", "RegionModulation", "Regions"),
     "explain": ("Explanation", "explain"),
     "phrases": ("phrase_spans",),
     "region": ("Region",),

@@ -11,7 +11,7 @@ A `Situation` is what a control knows when it is asked for its part: one sample'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
-from .layout import Frame, Group, Layout, partition
+from .layout import Frame, Group, Layout, Words, partition
 from .region import Region
 from .visibility import Visibility, compose
 
@@ -44,14 +44,16 @@ class Situation:
         frame: token ranges of queries and keys, with the texts that controls append in this phase.
         regions: all regions declared by the stack, whether their control acts in this phase or not.
         member: bool [regions, image tokens].
+        words: what the tokens of the prompt are.
     """
 
     frame: Frame
     regions: tuple[Region, ...]
     member: Tensor
+    words: Words = field(default_factory=Words)
 
     def _split(self, side: Layout) -> tuple[Tensor, tuple[Group, ...]]:
-        return partition(side, self.member, self.regions)
+        return partition(side, self.member, self.regions, self.words)
 
     @cached_property
     def queries(self) -> tuple[Tensor, tuple[Group, ...]]:

@@ -7,7 +7,7 @@ atom, groups = partition(layout, member, ...)                # sets of tokens th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -18,9 +18,11 @@ from torch import Tensor
 from .errors import LayoutError
 from .region import Grid, Region, by
 
-__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "Slots", "TokenRange", "partition"]
+__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "Slots", "Span", "TokenRange", "Words", "partition"]
 
-Kind = Literal["global", "region_text", "pad", "image", "reference", "register"]
+Kind = Literal["global", "phrase", "filling", "region_text", "pad", "image", "reference", "register"]
+Span = tuple[int, int]
+"""Tokens [start, stop) of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,10 @@ class Group:
     """Tokens that every control treats alike.
 
     Attributes:
-        kind: "global" or "region_text" or "pad" (text), "image" (a cell of the picture), "reference", "register".
-        index: number of the region (region_text) or of the reference; -1 otherwise.
+        kind: of text "global" (the prompt), "phrase" (words of it that tell of a region), "filling" (its padding),
+            "region_text" (what is appended) or "pad" (unused); "image" (a cell of the picture), "reference" or
+            "register".
+        index: number of the region (region_text, phrase) or of the reference; -1 otherwise.
         members: regions that hold these tokens; empty means uncovered, or a reference that is open to all.
         name: for messages and reports.
     """
@@ -262,13 +266,60 @@ class Group:
     name: str = ""
 
 
-def partition(layout: Layout, member: Tensor, regions: Sequence[Region]) -> tuple[Tensor, tuple[Group, ...]]:
+@dataclass(frozen=True)
+class Words:
+    """What the tokens of the prompt are: those that tell of a region, by its number, and all that are no padding.
+
+    Where `all` is empty, every token of the prompt is one of its words.
+    """
+
+    phrases: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+    all: tuple[Span, ...] = ()
+
+    def groups(self, tokens: int, regions: Sequence[Region]) -> list[tuple[Tensor, Group]]:
+        """(bool [tokens], group) of each kind of words.
+
+        Raises:
+            LayoutError: when spans lie outside the prompt, or those of two regions overlap.
+        """
+        found: list[tuple[Tensor, Group]] = []
+        left = torch.ones(tokens, dtype=torch.bool)
+        for number, spans in self.phrases.items():
+            mine = _marked(spans, tokens, f"Region '{regions[number].label}'")
+            if bool((mine & ~left).any()):
+                raise LayoutError(
+                    f"Region '{regions[number].label}': its words of the prompt, tokens {list(spans)}, are those of "
+                    "another region as well. Give each region words of its own."
+                )
+            left &= ~mine
+            found.append((mine, Group("phrase", number, frozenset([number]), f"words of {regions[number].label}")))
+        words = _marked(self.all, tokens, "The prompt") if self.all else torch.ones(tokens, dtype=torch.bool)
+        rest = [(left & words, Group("global", name="prompt")), (left & ~words, Group("filling", name="filling"))]
+        return [(mine, group) for mine, group in (*found, *rest) if bool(mine.any())]
+
+
+def _marked(spans: Sequence[Span], tokens: int, whose: str) -> Tensor:
+    marked = torch.zeros(tokens, dtype=torch.bool)
+    for start, stop in spans:
+        if not 0 <= start < stop <= tokens:
+            raise LayoutError(
+                f"{whose}: tokens [{start}, {stop}) are not in the encoded prompt, which has {tokens}. Take the spans "
+                "from attnctrl.phrase_spans."
+            )
+        marked[start:stop] = True
+    return marked
+
+
+def partition(
+    layout: Layout, member: Tensor, regions: Sequence[Region], words: Words = Words()
+) -> tuple[Tensor, tuple[Group, ...]]:
     """Split the sequence into groups: one per text, reference and occurring combination of regions.
 
     Args:
         layout: the sequence; "text.region<r>" is the text of `regions[r]`.
         member: bool [R, image tokens], from `membership`.
         regions: R regions, for names and bound references.
+        words: what the tokens of the prompt are.
 
     Returns:
         (atom int64 [tokens], groups): `groups[atom[t]]` holds token t.
@@ -305,6 +356,9 @@ def partition(layout: Layout, member: Tensor, regions: Sequence[Region]) -> tupl
             atom[span] = add(Group("pad", name="padding"))
         elif item.name.endswith("registers") or item.name == "padding":
             atom[span] = add(Group("register", name=item.name))
+        elif item.name == "text.global":
+            for mine, group in words.groups(len(item), regions):
+                atom[span][mine] = add(group)
         else:
             atom[span] = add(Group("global", name="prompt"))
     return atom, tuple(groups)

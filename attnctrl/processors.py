@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .controls import Control, Isolate, Regions
+from .controls import Control, GroupIsolation, Isolate, RegionModulation, Regions
 from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
@@ -67,16 +67,18 @@ class ControlledAttnProcessor:
 
 
 class IsolationAttnProcessor(ControlledAttnProcessor):
-    """A layer's original processor with `Isolate`."""
+    """A layer's original processor with `Isolate` or `GroupIsolation`."""
 
 
 class RegionAttnProcessor(ControlledAttnProcessor):
-    """A layer's original processor with `Regions`."""
+    """A layer's original processor with `Regions` or `RegionModulation`."""
 
 
 _NAMED: dict[type[Control], type[ControlledAttnProcessor]] = {
     Isolate: IsolationAttnProcessor,
+    GroupIsolation: IsolationAttnProcessor,
     Regions: RegionAttnProcessor,
+    RegionModulation: RegionAttnProcessor,
 }
 _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}
 

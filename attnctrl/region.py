@@ -37,9 +37,11 @@ class Region:
         strength: in [0, 1], multiplies the strength of the control that holds the region.
         reference: index of the reference picture that belongs to this region alone; None leaves references open to all.
         prompt_embeds: [tokens, channels], the encoded prompt, for a bare model without a text encoder.
+        spans: tokens [start, stop) of the pipeline's prompt that tell of this region, from `attnctrl.phrase_spans`;
+            they are its text, and none is encoded and appended. For controls of the prompt's branch alone.
 
     Raises:
-        LayoutError: when box, mask or strength are out of range.
+        LayoutError: when box, mask, strength or spans are out of range.
     """
 
     prompt: str = ""
@@ -49,6 +51,7 @@ class Region:
     strength: float = 1.0
     reference: int | None = None
     prompt_embeds: Tensor | None = None
+    spans: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if self.box is not None and self.mask is not None:
@@ -64,6 +67,10 @@ class Region:
         if self.prompt_embeds is not None and self.prompt_embeds.ndim != 2:
             shape = tuple(self.prompt_embeds.shape)
             raise LayoutError(f"Region '{self.label}': prompt_embeds must be [tokens, channels]; found {shape}.")
+        spans = tuple((int(start), int(stop)) for start, stop in self.spans)
+        if any(not 0 <= start < stop for start, stop in spans):
+            raise LayoutError(f"Region '{self.label}': spans are tokens [start, stop) from 0; found {spans}.")
+        object.__setattr__(self, "spans", spans)
 
     @property
     def label(self) -> str:
@@ -89,6 +96,8 @@ class Region:
         for key, default in (("name", None), ("strength", 1.0), ("reference", None)):
             if getattr(self, key) != default:
                 data[key] = getattr(self, key)
+        if self.spans:
+            data["spans"] = [list(span) for span in self.spans]
         return data
 
     @classmethod

@@ -14,7 +14,7 @@ from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
-from .layout import Frames, Slots
+from .layout import Frames, Slots, Words
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
@@ -78,7 +78,8 @@ class Stack:
         ]
         # declared even where the control is idle or out of its window, so that isolation keeps its regions
         self._declaring = [control for control in controls if control.scenes]
-        counts = {len(control.scenes) for control in self._declaring} - {1}
+        told = [(control.scenes, control.prompt_spans) for control in controls]
+        counts = {len(scenes) for pair in told for scenes in pair} - {0, 1}
         if len(counts) > 1:
             raise ControlError(
                 f"Controls of one stack hold regions for different numbers of samples: {sorted(counts)}."
@@ -91,7 +92,7 @@ class Stack:
                     "Give it regions=[...], or attach it together with Regions([...])."
                 )
         self._members: dict[tuple[int, Grid], Tensor] = {}
-        self._situations: dict[tuple[int, Frames, str], Situation] = {}
+        self._situations: dict[tuple[Variant, str], Situation] = {}
         self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], ExecutionPlan] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
 
@@ -152,7 +153,11 @@ class Stack:
             if self.seats[index].control.appends_text
             for number in self.own(self.seats[index].control, scene)
         }
-        return [(number, regions[number]) for number in sorted(numbers) if regions[number].strength > 0]
+        return [
+            (number, regions[number])
+            for number in sorted(numbers)
+            if regions[number].strength > 0 and not regions[number].spans
+        ]
 
     def variants(
         self,
@@ -194,14 +199,23 @@ class Stack:
         Raises:
             LayoutError: when a region is bound to a reference that the forward does not hold.
         """
-        key = (variant.scene, variant.frames, frame)
+        key = (variant, frame)
         if key not in self._situations:
             _make_room(self._situations)
             regions = self.regions(variant.scene)
             _check_references(regions, variant.frames)
             member = self._member(variant.scene, variant.frames[frame].grid)
-            self._situations[key] = Situation(variant.frames[frame], regions, member)
+            self._situations[key] = Situation(variant.frames[frame], regions, member, self._words(variant))
         return self._situations[key]
+
+    def _words(self, variant: Variant) -> Words:
+        """What the tokens of the prompt are to the controls that act; other branches may have another prompt."""
+        controls = [self.seats[index].control for index in variant.active]
+        regions = self.regions(variant.scene)
+        numbers = sorted(frozenset().union(*(self.own(control, variant.scene) for control in controls)))
+        phrases = {number: tuple(regions[number].spans) for number in numbers if regions[number].spans}
+        told = (spans for control in controls if (spans := _nth(control.prompt_spans, variant.scene)))
+        return Words(phrases, next(told, ()))
 
     def _member(self, scene: int, grid: Grid | None) -> Tensor:
         if grid is None:
@@ -314,7 +328,12 @@ def _filled(texts: Sequence[tuple[str, int]], slots: Sequence[int], aligned: boo
 
 
 def _scene(control: Control, scene: int) -> tuple[Region, ...]:
-    return control.scenes[scene if len(control.scenes) > 1 else 0]
+    return _nth(control.scenes, scene)
+
+
+def _nth(scenes: Sequence[tuple[Any, ...]], scene: int) -> tuple[Any, ...]:
+    """What belongs to a scene, where one entry stands for all of them."""
+    return scenes[scene if len(scenes) > 1 else 0] if scenes else ()
 
 
 def _make_room(cache: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import CONTROLS, Control
 from .isolation import Isolate
+from .lamic import GroupIsolation, RegionModulation
 from .region import Regions
 
-__all__ = ["CONTROLS", "Control", "Isolate", "Regions"]
+__all__ = ["CONTROLS", "Control", "GroupIsolation", "Isolate", "RegionModulation", "Regions"]

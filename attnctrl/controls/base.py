@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ..call import Blend, Situation
 from ..errors import ControlError
+from ..layout import Span
 from ..region import Overlap, Region
 from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
 from ..select import Selector
@@ -68,6 +69,11 @@ class Control:
     @property
     def scenes(self) -> Scenes:
         """Regions the control declares: one tuple for all samples, or one per sample of the batch; () declares none."""
+        return ()
+
+    @property
+    def prompt_spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Tokens of the prompt that are no padding: those of all samples, or of each; () when all of them are words."""
         return ()
 
     @property

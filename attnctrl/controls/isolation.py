@@ -6,101 +6,81 @@ Regional Prompting" (arXiv 2411.02395) and the attribute isolation attention of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..call import Situation
-from ..layout import Group
-from ..region import Overlap, Region
-from ..visibility import Visibility
-from .base import Control, Scenes, scenes_of
+from ..rules import Rules
+from .grouped import Grouped
 
 __all__ = ["Background", "Hub", "Isolate"]
 
 Background = Literal["isolated", "reads_all", "shared"]
 Hub = Literal["relay", "source"]
+Prompt = Literal["open", "background"]
+
+_RULES = Rules.parse("""
+       S C P R U F O
+    S  m 0 0 m 0 m 0
+    C  0 1 1 1 1 1 1
+    P  0 1 1 1 1 1 1
+    R  m 1 1 m 0 m 1
+    U  0 1 1 0 1 0 1
+    F  m 1 1 m 0 m 1
+    O  0 1 1 1 1 1 1
+""")
+_OPENED: dict[Background, tuple[str, ...]] = {
+    "isolated": (),
+    "reads_all": ("UR", "UF"),
+    "shared": ("UR", "UF", "RU", "FU"),
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Isolate(Control):
+class Isolate(Grouped):
     """Image tokens of different regions do not see each other.
 
-    I_S are image tokens whose set of regions is S, or a reference bound to the regions S; S empty is the background.
-    What query rows see of key columns at strength 1:
+    The table, in the letters of `attnctrl.rules` (m: where both belong to a common region), at strength 1:
 
-        q \\ k          | I_S', S' not empty          | background
-        I_S            | S meets S'                  | only "shared"
-        background     | "reads_all" and "shared"    | 1
+        q \\ k  | S  C  P | R  U  F  O
+        S      | m  0  0 | m  0  m  0
+        C, P   | 0  1  1 | 1  1  1  1
+        R      | m  1  1 | m  0  m  1
+        U      | 0  1  1 | 0  1  0  1
+        F      | m  1  1 | m  0  m  1
+        O      | 0  1  1 | 1  1  1  1
 
-    Registers and filling tokens of the model see and are seen by all.
-
-    "isolated" parts the background as well (LAMIC, M_reg); "reads_all" lets it read everything without being read by
-    regions (Seg2Any's asymmetry); "shared" lets everyone see it. References that belong to no region stay open to all.
-
-    With text=True the texts of regions are parted too, in both directions: T_r from T_r' and from the prompt, T_r from
-    image tokens outside r. With hub="source" the prompt's tokens do not read image tokens of regions, so the prompt
-    cannot carry anything from one region to another; "relay" leaves that path open (see the reachability notes of
-    `explain`).
-
-    Strength s < 1 is soft: cut edges keep the log-weight log(1 - s). Strength 0 is not there.
+    Registers and filling tokens of the model see and are seen by all. "isolated" parts the background U as well (LAMIC,
+    M_reg); "reads_all" lets it read everything without being read by regions (Seg2Any's asymmetry); "shared" lets
+    everyone see it. Of the texts S nothing is cut with text=False. With hub="source" the prompt does not read R and F,
+    so it cannot carry anything from one region to another; "relay" leaves that path open (see the reachability notes of
+    `explain`). With prompt="background", regions do not read the prompt, which still reads them: together with
+    background="reads_all" that is Seg2Any's attribute isolation.
 
     Attributes:
-        regions: a list of `Region`, or one list per sample; empty takes the regions that other controls of the stack
-            declare.
         background: what uncovered tokens see and who sees them.
         text: part the texts of regions as well.
         hub: whether the prompt may carry information between regions.
-        overlap: policy for its own `regions`; declared ones keep the policy of the control that declares them.
+        prompt: who reads the prompt.
     """
 
     name: ClassVar[str] = "isolate"
-    needs_regions: ClassVar[bool] = True
 
-    regions: Sequence[Region] | Sequence[Sequence[Region]] = ()
     background: Background = "isolated"
     text: bool = True
     hub: Hub = "relay"
-    overlap: Overlap = "union"
+    prompt: Prompt = "open"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scenes = scenes_of(self.regions, self.name)
-        object.__setattr__(self, "regions", scenes[0] if len(scenes) == 1 else scenes)
         self._check_choice("background", Background)
         self._check_choice("hub", Hub)
-        self._check_choice("overlap", Overlap)
+        self._check_choice("prompt", Prompt)
 
-    @property
-    def scenes(self) -> Scenes:
-        return scenes_of(self.regions, self.name)
-
-    @property
-    def overlap_policy(self) -> Overlap:
-        return self.overlap
-
-    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
-        cut = 1 - self.strength
-        return situation.tabulate(lambda q, k: 1.0 if self._sees(q, k, own) else cut)
-
-    def _sees(self, q: Group, k: Group, own: frozenset[int]) -> bool:
-        if "register" in (q.kind, k.kind):
-            return True
-        rows, columns = q.members & own, k.members & own
-        q_text, k_text = (g.kind == "region_text" and g.index in own for g in (q, k))
-        if q_text or k_text:
-            return not self.text or bool(rows & columns)
-        if "global" in (q.kind, k.kind):
-            return not (self.hub == "source" and q.kind == "global" and columns)
-        if not (_is_pictured(q, rows) and _is_pictured(k, columns)):
-            return True
-        if rows and columns:
-            return bool(rows & columns)
-        if not rows and not columns:
-            return True
-        return self.background == "shared" or (self.background == "reads_all" and not rows)
-
-
-def _is_pictured(group: Group, members: frozenset[int]) -> bool:
-    """Image tokens, and references that belong to a region."""
-    return group.kind == "image" or (group.kind == "reference" and bool(members))
+    def rules(self, situation: Situation) -> Rules:
+        rules = _RULES.with_marks("1", *_OPENED[self.background])
+        if not self.text:
+            rules = rules.with_marks("1", "S*", "*S")
+        if self.hub == "source":
+            rules = rules.with_marks("0", "CR", "CF", "PR", "PF")
+        return rules.with_marks("0", "RC", "RP") if self.prompt == "background" else rules

@@ -77,7 +77,43 @@ def regional(global_text: str, strength: Callable[[frozenset[int]], float] = lam
     return rule
 
 
-def isolating(background: str, *, hub: str = "relay", cut: float = 0.0, text: bool = True) -> Rule:
+LAMIC = """
+    S  m  1     m     0     m
+    C  1  1     A0B1  A0B1  1
+    R  m  A0B1  AmB1  A0B1  m
+    U  0  A0B1  A0B1  1     0
+    F  m  1     m     0     m
+"""
+"""The paper's table without padding: columns S C R U F; AxBy is x in phase A and y in phase B."""
+
+
+def lamic(phase: str, hubs: str = "relay") -> Rule:
+    """Token by token, read off the paper's table. References that belong to nobody are not in it."""
+    rows = [row.split() for row in LAMIC.strip().split("\n")]
+    marks = {row[0] + k: mark for row in rows for k, mark in zip("SCRUF", row[1:], strict=True)}
+
+    def letter(token: Token) -> str:
+        return {"text": "S", "global": "C", "reference": "F"}.get(token.kind, "R" if token.members else "U")
+
+    def rule(q: Token, k: Token) -> float:
+        if "register" in (q.kind, k.kind):
+            return 1.0
+        if any(token.kind == "reference" and not token.members for token in (q, k)):
+            other = k if q.kind == "reference" and not q.members else q
+            seen = other.kind in ("global", "image") or not other.members
+            return float(seen and not (hubs == "source" and q.kind == "global"))
+        mark = marks[letter(q) + letter(k)]
+        mark = mark if len(mark) == 1 else mark[mark.index(phase) + 1]
+        if hubs == "source" and q.kind == "global" and k.kind in ("image", "reference"):
+            return 0.0
+        return float(mark == "1" or (mark == "m" and bool(q.members & k.members)))
+
+    return rule
+
+
+def isolating(
+    background: str, *, hub: str = "relay", cut: float = 0.0, text: bool = True, prompt: str = "open"
+) -> Rule:
     """The table in the docstring of `Isolate`."""
 
     def rule(q: Token, k: Token) -> float:
@@ -87,6 +123,8 @@ def isolating(background: str, *, hub: str = "relay", cut: float = 0.0, text: bo
             return 1.0 if not text or q.members & k.members else cut
         if q.kind == "global":
             return cut if hub == "source" and k.members else 1.0
+        if prompt == "background" and q.kind == "image" and q.members and k.kind == "global":
+            return cut
         if k.kind == "global" or "reference" in ((q.kind, k.kind) if not (q.members and k.members) else ()):
             open_reference = any(t.kind == "reference" and not t.members for t in (q, k))
             if k.kind == "global" or open_reference:
@@ -130,6 +168,19 @@ CASES = {
     ),
     "isolate-overlap": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False, overlap="union"),
     "isolate-reference": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False, references=2),
+    "seg2any-attributes": Case(
+        lambda r: [ac.Isolate(background="reads_all", prompt="background"), ac.Regions(r, global_text="open")],
+        lambda r: [isolating("reads_all", prompt="background"), regional("open")],
+    ),
+    "lamic-b": Case(lambda r: [ac.GroupIsolation(r)], lambda r: [lamic("B")]),
+    "lamic-a": Case(lambda r: [ac.GroupIsolation(r), ac.RegionModulation(window=(0, 1))], lambda r: [lamic("A")]),
+    "lamic-overlap": Case(
+        lambda r: [ac.GroupIsolation(r), ac.RegionModulation(window=(0, 1))], lambda r: [lamic("A")], overlap="union"
+    ),
+    "lamic-source": Case(lambda r: [ac.GroupIsolation(r, hubs="source")], lambda r: [lamic("B", "source")]),
+    "lamic-reference": Case(
+        lambda r: [ac.GroupIsolation(r), ac.RegionModulation(window=(0, 1))], lambda r: [lamic("A")], references=2
+    ),
     "stack": Case(
         lambda r: [ac.Isolate(background="reads_all"), ac.Regions(r)],
         lambda r: [isolating("reads_all"), regional("background")],

@@ -1,0 +1,91 @@
+"""Controls that are a table of rules on regions: what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..call import Situation
+from ..layout import Group
+from ..region import Overlap, Region
+from ..rules import Rules
+from ..visibility import Visibility
+from .base import Control, Scenes, scenes_of
+
+__all__ = ["Grouped", "is_appended"]
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped(Control):
+    """Base of controls that say by `Rules` who sees whom.
+
+    Strength s < 1 is soft: edges of the plain model that the table cuts keep the weight 1 - s (log-weight log(1 - s)).
+    Where the texts of regions are appended, edges to them get the weight s, with s multiplied by the region's own
+    strength (the largest one where regions overlap), and edges that neither the plain model nor the table has stay cut.
+    So s -> 0 is the plain model, and strength 0 is not there.
+
+    Attributes:
+        regions: a list of `Region`, or one list per sample of the batch; empty takes the regions that other controls of
+            the stack declare.
+        overlap: policy for its own `regions`; declared ones keep the policy of the control that declares them. "union",
+            tokens in several regions are in all of them; "priority", later regions lie on top; "background", such
+            tokens belong to none.
+    """
+
+    needs_regions: ClassVar[bool] = True
+
+    regions: Sequence[Region] | Sequence[Sequence[Region]] = ()
+    overlap: Overlap = field(default="union", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scenes = scenes_of(self.regions, self.name)
+        object.__setattr__(self, "regions", scenes[0] if len(scenes) == 1 else scenes)
+        self._check_choice("overlap", Overlap)
+
+    @property
+    def scenes(self) -> Scenes:
+        return scenes_of(self.regions, self.name)
+
+    @property
+    def overlap_policy(self) -> Overlap:
+        return self.overlap
+
+    @property
+    def is_idle(self) -> bool:
+        silent = self.appends_text and not any(region.strength for scene in self.scenes for region in scene)
+        return super().is_idle or silent
+
+    def rules(self, situation: Situation) -> Rules:
+        """Who sees whom at strength 1."""
+        raise NotImplementedError
+
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        rules, own = self.rules(situation), self.present(situation, own)
+
+        def weight(q: Group, k: Group) -> float:
+            if "register" in (q.kind, k.kind):
+                return 1.0
+            sees = rules.sees(q, k, own)
+            if is_appended(q, own) or is_appended(k, own):
+                to_text = self.appends_text and not is_appended(q, own)
+                cut = 0.0 if self.appends_text else 1 - self.strength
+                return (self._strength(situation, k.members) if to_text else 1.0) if sees else cut
+            return 1.0 if sees else 1 - self._strength(situation, (q.members | k.members) & own)
+
+        return situation.tabulate(weight)
+
+    def present(self, situation: Situation, own: frozenset[int]) -> frozenset[int]:
+        """Regions of strength 0 are not there for controls that bring their texts: their tokens are background."""
+        return frozenset(r for r in own if situation.regions[r].strength > 0) if self.appends_text else own
+
+    def _strength(self, situation: Situation, members: frozenset[int]) -> float:
+        if not self.appends_text:
+            return self.strength
+        return self.strength * max((situation.regions[r].strength for r in members), default=1.0)
+
+
+def is_appended(group: Group, own: frozenset[int]) -> bool:
+    """The group is a text that was appended for one of the regions `own`."""
+    return group.kind == "region_text" and group.index in own

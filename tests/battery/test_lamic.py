@@ -1,0 +1,199 @@
+"""The identities at the end of LAMIC's spec (arXiv 2508.00477), with texts that are words of one prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from harness import Setting, dense, probe, regions
+from setting import Kinds
+from torch import Tensor
+
+import attnctrl as ac
+from attnctrl.controls.lamic import GIA
+
+TABLE = """
+    S  m  1     1  m     0     m
+    C  1  1     1  A0B1  A0B1  1
+    P  1  1     1  1     1     1
+    R  m  A0B1  1  AmB1  A0B1  m
+    U  0  A0B1  1  A0B1  1     0
+    F  m  1     1  m     0     m
+"""
+"""The paper's table: columns S C P R U F; AxBy is x in phase A and y in phase B."""
+HUBS = {
+    "relay": lambda q, k: False,
+    "source": lambda q, k: q in "CP" and k in "RUF",
+    "drop": lambda q, k: "P" in (q, k) and q != k,
+}
+
+
+def flux(references: int = 0, batch: int = 1) -> Setting:
+    """With a prompt of eight tokens."""
+    inputs = tiny.flux_inputs(text=8, batch=batch, references=((2, 3),) * references)
+    sequence = "text image references"
+    return Setting(tiny.flux(), inputs, [Kinds(sequence, sequence)] * 4, text=8, references=references)
+
+
+def worded(bound: bool = False) -> list[Any]:
+    """Three regions, whose texts are tokens 0-2, 4 and 6 of a prompt of eight; its last token is padding."""
+    spans = [((0, 3),), ((4, 5),), ((6, 7),)]
+    return [
+        ac.Region(one.prompt, box=one.box, spans=told, reference=r if bound and r < 2 else None)
+        for r, (one, told) in enumerate(zip(regions(), spans, strict=True))
+    ]
+
+
+WORDS = ((0, 7),)
+
+
+def sequence(setting: Setting, scene: list[Any]) -> list[tuple[str, frozenset[int]]]:
+    """(letter, members) of each token of a FLUX forward."""
+    text = [("C", frozenset[int]())] * setting.text
+    for r, region in enumerate(scene):
+        for start, stop in region.spans:
+            text[start:stop] = [("S", frozenset([r]))] * (stop - start)
+    text[7:] = [("P", frozenset[int]())] * (setting.text - 7)
+    height, width = setting.grid
+    image = []
+    for y in range(height):
+        for x in range(width):
+            u, v = (x + 0.5) / width, (y + 0.5) / height
+            held = frozenset(r for r, o in enumerate(scene) if o.box[0] < u < o.box[2] and o.box[1] < v < o.box[3])
+            image.append(("R" if held else "U", held))
+    shown = [("F", frozenset(r for r, o in enumerate(scene) if o.reference == k)) for k in range(setting.references)]
+    return [*text, *image, *(one for one in shown for _ in range(6))]
+
+
+def truth(tokens: list[tuple[str, frozenset[int]]], phase: str, hubs: str) -> Tensor:
+    rows = [row.split() for row in TABLE.strip().split("\n")]
+    marks = {row[0] + k: mark for row in rows for k, mark in zip("SCPRUF", row[1:], strict=True)}
+
+    def sees(q: tuple[str, frozenset[int]], k: tuple[str, frozenset[int]]) -> float:
+        mark = marks[q[0] + k[0]]
+        mark = mark if len(mark) == 1 else mark[mark.index(phase) + 1]
+        return float((mark == "1" or (mark == "m" and bool(q[1] & k[1]))) and not HUBS[hubs](q[0], k[0]))
+
+    return torch.tensor([[sees(q, k) for k in tokens] for q in tokens], dtype=torch.float64)
+
+
+def stack(scene: list[Any], phase: str, hubs: Any = "relay") -> list[Any]:
+    isolation = ac.GroupIsolation(scene, words=WORDS, hubs=hubs)
+    return [isolation, ac.RegionModulation(window=(0, 1))] if phase == "A" else [isolation]
+
+
+@pytest.mark.parametrize("hubs", HUBS)
+@pytest.mark.parametrize("phase", "AB")
+def test_the_papers_tables_hold_in_every_layer(phase: str, hubs: str) -> None:
+    setting, scene = flux(references=2), worded(bound=True)
+    expected = truth(sequence(setting, scene), phase, hubs)
+    with ac.attach(setting.model, stack(scene, phase, hubs)), probe() as calls:
+        setting.run()
+    assert len(calls) == 4
+    for call in calls:
+        assert (call.out - dense(call.query, call.key, call.value, (expected, None))).abs().max() < 1e-5
+
+
+def test_one_entity_on_the_whole_canvas_is_vanilla() -> None:
+    """Identity 1: phase B is all ones; phase A cuts the rest of the prompt from the picture."""
+    setting = flux()
+    whole = [ac.Region("all", spans=((0, 3),))]
+    base = setting.run()
+    with ac.attach(setting.model, ac.GroupIsolation(whole, words=WORDS)):
+        assert torch.equal(setting.run(), base)
+    with ac.attach(setting.model, [ac.GroupIsolation(whole), ac.RegionModulation(window=(0, 1))]):
+        assert (setting.run() - base).abs().max() > 1e-3
+
+
+def test_tokens_that_nobody_reads_might_as_well_not_be_there() -> None:
+    """Identity 4, on reference pictures."""
+    table = str(GIA.with_marks("1", "**").with_marks("0", *(letter + "O" for letter in "SCPRUF")))
+    setting, image = flux(references=2), 24
+    without = {name: setting.inputs[name].narrow(-2, 0, image) for name in ("hidden_states", "img_ids")}
+    plain = setting.run(**without)
+    assert (setting.run()[:, :image] - plain).abs().max() > 1e-3
+    with ac.attach(setting.model, ac.GroupIsolation(worded(), table=table)):
+        assert (setting.run()[:, :image] - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("phase", "AB")
+def test_the_order_of_entities_means_nothing(phase: str) -> None:
+    """Identities 5 and 8: entities change places in the list, with all that is theirs."""
+    setting, scene = flux(), worded()
+    outputs = []
+    for one in (scene, scene[::-1]):
+        with ac.attach(setting.model, stack(one, phase)):
+            outputs.append(setting.run())
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
+
+
+def test_the_same_text_in_the_prompt_or_appended_parts_the_same_tokens() -> None:
+    """Words of a prompt that holds nothing else act as appended texts do, where the plain model reads them anyway."""
+    setting = flux()
+    text = setting.inputs["encoder_hidden_states"]
+    first, second, rest = text[0, :3], text[0, 3:5], text[:, 5:]
+    boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+    inside = [ac.Region(box=box, spans=[span]) for box, span in zip(boxes, [(0, 3), (3, 5)], strict=True)]
+    beside = [ac.Region(box=box, prompt_embeds=one) for box, one in zip(boxes, [first, second], strict=True)]
+    with ac.attach(setting.model, ac.GroupIsolation(inside)):
+        one = setting.run()
+    with ac.attach(setting.model, ac.GroupIsolation(beside)):
+        other = setting.run(encoder_hidden_states=rest, txt_ids=setting.inputs["txt_ids"][5:])
+    assert (one - other).abs().max() < 1e-5
+
+
+def test_softness_keeps_words_of_the_prompt_readable() -> None:
+    """Strength s leaves what is cut the weight 1 - s, words of regions included."""
+    setting, scene = flux(), worded()
+    expected = truth(sequence(setting, scene), "B", "relay").clamp(min=0.25)
+    with ac.attach(setting.model, ac.GroupIsolation(scene, words=WORDS, strength=0.75)), probe() as calls:
+        setting.run()
+    for call in calls:
+        assert (call.out - dense(call.query, call.key, call.value, (expected, None))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scene", "words", "message"),
+    [
+        ([ac.Region("a", spans=((0, 30),))], (), "not in the encoded prompt, which has 8"),
+        ([ac.Region("a", spans=((0, 3),)), ac.Region("b", box=(0, 0, 0.5, 1), spans=((2, 4),))], (), "of another region"),
+        ([ac.Region("a", spans=((0, 3),))], ((0, 9),), "The prompt: tokens"),
+    ],
+)  # fmt: skip
+def test_words_that_are_not_there_are_refused(scene: Any, words: Any, message: str) -> None:
+    setting = flux()
+    with ac.attach(setting.model, ac.GroupIsolation(scene, words=words)), pytest.raises(ac.LayoutError, match=message):
+        setting.run()
+
+
+@pytest.mark.parametrize("spans", [((3, 3),), ((-1, 2),)])
+def test_spans_hold_tokens(spans: Any) -> None:
+    with pytest.raises(ac.LayoutError, match="from 0"):
+        ac.Region("a", spans=spans)
+
+
+@pytest.mark.parametrize("words", [3, [3], "all", [(1, 2), 3]])
+def test_words_are_spans(words: Any) -> None:
+    with pytest.raises(ac.ControlError, match="words are tokens"):
+        ac.GroupIsolation([ac.Region("a")], words=words)
+
+
+def test_words_belong_to_their_sample() -> None:
+    """Two scenes of one batch, each with spans of its own, equal the two one by one."""
+    setting, scene = flux(batch=2), worded()
+    moved = [ac.Region(o.prompt, box=o.box, spans=[(a + 1, b + 1) for a, b in o.spans]) for o in scene]
+    with ac.attach(setting.model, ac.GroupIsolation([scene, moved], words=[WORDS, [(0, 8)]])):
+        both = setting.run()
+    for number, (one, words) in enumerate([(scene, WORDS), (moved, [(0, 8)])]):
+        with ac.attach(setting.model, ac.GroupIsolation(one, words=words)):
+            assert (setting.run(**setting.single(number)) - both[number]).abs().max() < 1e-5
+
+
+def test_controls_with_words_survive_json() -> None:
+    control = ac.GroupIsolation(worded(), words=WORDS, hubs="source", table=str(GIA))
+    back = ac.Control.from_dict(control.to_dict())
+    assert back.to_dict() == control.to_dict()
+    assert [one.spans for one in back.regions] == [one.spans for one in worded()]
+    assert back.words == WORDS
