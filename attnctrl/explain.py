@@ -254,34 +254,38 @@ def _representatives(atom: Tensor, count: int) -> Tensor:
 
 
 def _influence(layers: Sequence[Edges]) -> list[str]:
-    """For each pair of regions' image groups: directly, after how many layers, or never."""
+    """For each region's image tokens and what belongs to others: directly, after how many layers and how, or never."""
     reached: dict[Group, set[Group]] = {}
-    after: dict[tuple[Group, Group], int] = {}
+    after: dict[tuple[Group, Group], tuple[int, Group]] = {}
     for number, edges in enumerate(layers, start=1):
         before = {group: {group} | reached.get(group, set()) for read in edges.values() for group in read}
         for group, read in edges.items():
-            new = set().union(*(before[one] for one in read), reached.get(group, set()))
-            reached[group] = new
-            for one in new:
-                after.setdefault((group, one), number)
-    pictured = [group for group in dict.fromkeys(g for edges in layers for g in edges) if _is_region(group)]
-    notes = []
-    for here in pictured:
-        for there in pictured:
-            if here == there or here.members & there.members:
-                continue
-            notes.append(f"{here.name} {_how(after.get((here, there)))} {there.name}")
-    return notes
+            for through in sorted(read, key=lambda one: one.name):
+                for one in before[through]:
+                    after.setdefault((group, one), (number, through))
+            reached[group] = set().union(*(before[one] for one in read), reached.get(group, set()))
+    groups = {group for edges in layers for query, read in edges.items() for group in (query, *read)}
+    seen = sorted(groups, key=lambda group: group.name)
+    pictured = [group for group in seen if group.kind == "image" and group.members]
+    return [
+        f"{here.name} {_how(after, here, there)}"
+        for here in pictured
+        for there in seen
+        if there.members and not here.members & there.members
+    ]
 
 
-def _how(layer: int | None) -> str:
-    if layer is None:
-        return "never reads"
-    return "reads" if layer == 1 else f"indirectly reads, from layer {layer} on,"
-
-
-def _is_region(group: Group) -> bool:
-    return group.kind == "image" and bool(group.members)
+def _how(after: Mapping[tuple[Group, Group], tuple[int, Group]], here: Group, there: Group) -> str:
+    if (here, there) not in after:
+        return f"never reads {there.name}"
+    layer, through = after[here, there]
+    if through == there:
+        return f"reads {there.name}" + ("" if layer == 1 else f", from layer {layer} on")
+    path = []
+    while through != there:
+        path.append(through.name)
+        through = after[through, there][1]
+    return f"indirectly reads {there.name}, from layer {layer} on, through {', '.join(path)}"
 
 
 def _spans(steps: Sequence[int]) -> str:

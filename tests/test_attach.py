@@ -175,7 +175,7 @@ def test_explain_needs_no_weights() -> None:
     pairs = 10 * 10 + (6 + 4) ** 2 + (2 + 4) ** 2
     assert first["plans"][0]["density"] == pytest.approx(pairs / 26**2)
     # single layers have no text control, so the prompt carries over in the last of them
-    assert "image of owl indirectly reads, from layer 4 on, image of a red fox" in first["influence"]
+    assert "image of owl indirectly reads image of a red fox, from layer 4 on, through prompt" in first["influence"]
     assert "image of owl reads image of a red fox" in second["influence"]
     assert third["plans"] == []
     assert "steps 4-7: no control: the plain model" in str(found)

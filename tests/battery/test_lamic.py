@@ -107,6 +107,30 @@ def test_one_entity_on_the_whole_canvas_is_vanilla() -> None:
         assert (setting.run() - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_influence_over_blocks_is_what_explain_says(blocks: int) -> None:
+    """Identity 3: in phase A, r0 reads the reference of r1 through its own reference and the prompt, in three blocks."""
+    scene = [
+        ac.Region(o.prompt, box=o.box, prompt_embeds=o.prompt_embeds, reference=r) for r, o in enumerate(regions()[:2])
+    ]
+    setting = flux(references=2)
+    setting.model = tiny.flux(double=blocks, single=0)
+    stack = [ac.GroupIsolation(scene), ac.RegionModulation(window=(0, 1))]
+    hidden = setting.inputs["hidden_states"].requires_grad_()
+    with ac.attach(setting.model, stack):
+        own = setting.run()[0, :24][
+            [letter == "R" and members == {0} for letter, members in sequence(setting, scene)[8:32]]
+        ]
+    leaked = torch.autograd.grad(own.square().sum(), hidden)[0][0, 30:36].abs().max()
+    notes = str(ac.explain(setting.model, stack, grid=setting.grid, text_tokens=8, references=[(2, 3)] * 2))
+    if blocks == 3:
+        assert leaked > 0
+        assert "image of r0 indirectly reads reference 1, from layer 3 on, through reference 0, prompt" in notes
+    else:
+        assert leaked == 0
+        assert "image of r0 never reads reference 1" in notes
+
+
 def test_tokens_that_nobody_reads_might_as_well_not_be_there() -> None:
     """Identity 4, on reference pictures."""
     table = str(GIA.with_marks("1", "**").with_marks("0", *(letter + "O" for letter in "SCPRUF")))

@@ -83,7 +83,7 @@ def test_the_hub_carries_information_unless_it_is_a_source() -> None:
         notes = str(ac.explain(setting.model, stack, grid=setting.grid, text_tokens=setting.text))
         if hub == "relay":
             assert (moved > 1e-6).all()
-            assert "image of r1 indirectly reads, from layer 2 on, image of r0" in notes
+            assert "image of r1 indirectly reads image of r0, from layer 2 on, through prompt" in notes
         else:
             assert moved.max() == 0
             assert "image of r1 never reads image of r0" in notes
