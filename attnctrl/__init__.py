@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, RegionModulation, Regions
+    from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -54,6 +54,7 @@ __all__ = [
     "Isolate",
     "IsolationAttnProcessor",
     "LayoutError",
+    "OpenTexts",
     "PlanError",
     "Region",
     "RegionAttnProcessor",
@@ -76,7 +77,7 @@ __all__ = [
 
 _HOMES = {
     "attach": ("Handle", "attach"),
-    "controls": ("Control", "GroupIsolation", "Isolate", "RegionModulation", "Regions"),
+    "controls": ("Control", "GroupIsolation", "Isolate", "OpenTexts", "RegionModulation", "Regions"),
     "explain": ("Explanation", "explain"),
     "phrases": ("phrase_spans",),
     "region": ("Region",),

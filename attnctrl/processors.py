@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .controls import Control, GroupIsolation, Isolate, RegionModulation, Regions
+from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
 from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
@@ -78,6 +78,7 @@ _NAMED: dict[type[Control], type[ControlledAttnProcessor]] = {
     Isolate: IsolationAttnProcessor,
     GroupIsolation: IsolationAttnProcessor,
     Regions: RegionAttnProcessor,
+    OpenTexts: RegionAttnProcessor,
     RegionModulation: RegionAttnProcessor,
 }
 _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}

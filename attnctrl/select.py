@@ -7,6 +7,8 @@ A selector is one of these, or a list of them (their union):
     "single:0-18"        blocks 0 to 18 of a stack, both included
     "single:0,2,5-9"     single blocks and ranges
     "single:0-37/2"      every second block of a range
+    "all/2", "single/3"  every second block of each stack, every third one of a stack, from block 0 on
+    "not single:0-18"    all layers but these
     "single-early"       a preset of the family
     "self", "up"         all stacks that have this part in their name, as "up.self" has
     "transformer_blocks.3.attn"   a layer's own name
@@ -29,6 +31,7 @@ __all__ = ["Layer", "Selector", "describe", "select"]
 Selector = str | Sequence[str] | None
 Presets = Mapping[str, Callable[[Mapping[str, int]], str]]
 
+_EVERY = re.compile(r"([^:]+)/([1-9]\d*)")
 _SPAN = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 
 
@@ -77,6 +80,14 @@ def select(layers: Sequence[Layer], selector: Selector, presets: Presets | None 
 
 def _match(layers: Sequence[Layer], part: str, presets: Presets) -> set[str]:
     counts = _counts(layers)
+    if part.startswith("not "):
+        rest = {layer.name for layer in layers} - _match(layers, part.removeprefix("not "), presets)
+        if not rest:
+            raise SelectionError(f"'{part}' selects no layer: '{part.removeprefix('not ')}' are all there are.")
+        return rest
+    if (every := _EVERY.fullmatch(part)) is not None:
+        chosen, step = _match(layers, every[1], presets), int(every[2])
+        return {layer.name for layer in layers if layer.name in chosen and layer.index % step == 0}
     if part in presets:
         return {layer.name for layer in select(layers, presets[part](counts))}
     stack, colon, spans = part.partition(":")

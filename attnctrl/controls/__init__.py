@@ -5,6 +5,6 @@ from __future__ import annotations
 from .base import CONTROLS, Control
 from .isolation import Isolate
 from .lamic import GroupIsolation, RegionModulation
-from .region import Regions
+from .region import OpenTexts, Regions
 
-__all__ = ["CONTROLS", "Control", "GroupIsolation", "Isolate", "RegionModulation", "Regions"]
+__all__ = ["CONTROLS", "Control", "GroupIsolation", "Isolate", "OpenTexts", "RegionModulation", "Regions"]

@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 
 from ..call import Blend, Situation
 from ..rules import Rules
+from ..schedule import is_empty
 from .grouped import Grouped, is_appended
 
-__all__ = ["GlobalText", "Regions"]
+__all__ = ["GlobalText", "OpenTexts", "Regions"]
 
 GlobalText = Literal["open", "background", "none"]
 
@@ -84,10 +85,50 @@ class Regions(Grouped):
         return rules.with_marks("1", "UC", "UP") if crossed else rules
 
     def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None:
-        if self.base_ratio == 0:
-            return None
-        own = self.present(situation, own)
-        visibility = situation.tabulate(lambda q, k: float(q is k or not (is_appended(q, own) or is_appended(k, own))))
-        whole = dict.fromkeys(("global", "phrase", "filling"), 1.0)
-        share = {**whole, "image": self.base_ratio, "reference": self.base_ratio}
-        return Blend(visibility, situation.share(lambda group: share.get(group.kind, 0.0)))
+        return _open_pass(situation, self.present(situation, own), self.base_ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenTexts(Grouped):
+    """Everyone reads the texts of all regions: what layers do in which `Regions` does not act, in two methods.
+
+    Without it such layers see the prompt alone. "Training-free Regional Prompting" (arXiv 2411.02395) masks every n-th
+    block, and the blocks between read all texts; so does InvokeAI, with every second block.
+
+    Attributes:
+        base_ratio: as of `Regions`.
+        global_text: "none" leaves the prompt to its own tokens and to the open pass, as arXiv 2411.02395 does.
+    """
+
+    name: ClassVar[str] = "open_texts"
+    appends_text: ClassVar[bool] = True
+
+    base_ratio: float = 0.0
+    global_text: Literal["open", "none"] = "open"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("global_text", Literal["open", "none"])
+        self._check_range("base_ratio", 0, 1, open_end=True)
+
+    @property
+    def is_idle(self) -> bool:
+        # without regions of its own it takes those that others declare
+        return self.strength == 0 or is_empty(self.window)
+
+    def rules(self, situation: Situation) -> Rules:
+        rules = _RULES.with_marks("1", "**")
+        return rules if self.global_text == "open" else rules.with_marks("0", *_CLOSED["none"], "SC", "SP", "CS", "PS")
+
+    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None:
+        return _open_pass(situation, self.present(situation, own), self.base_ratio)
+
+
+def _open_pass(situation: Situation, own: frozenset[int], base_ratio: float) -> Blend | None:
+    """The plain model's pass, on which appended texts have no part."""
+    if base_ratio == 0:
+        return None
+    visibility = situation.tabulate(lambda q, k: float(q is k or not (is_appended(q, own) or is_appended(k, own))))
+    whole = dict.fromkeys(("global", "phrase", "filling"), 1.0)
+    share = {**whole, "image": base_ratio, "reference": base_ratio}
+    return Blend(visibility, situation.share(lambda group: share.get(group.kind, 0.0)))

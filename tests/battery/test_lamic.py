@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +132,16 @@ def test_influence_over_blocks_is_what_explain_says(blocks: int) -> None:
     else:
         assert leaked == 0
         assert "image of r0 never reads reference 1" in notes
+
+
+def test_plans_of_flux_at_full_size_take_no_mask() -> None:
+    """Identity 7: memory grows with the tokens, not with their square; the stored figures are those of this code."""
+    root = Path(__file__).parents[2] / "benchmarks"
+    measured = runpy.run_path(str(root / "plan_memory.py"))["measure"]()
+    assert json.loads((root / "results" / "plan-memory.json").read_text())["rows"] == measured
+    assert max(row["tokens"] for row in measured) > 20_992
+    assert all(row["plan_bytes"] < 12 * row["tokens"] + 8 * 14**2 for row in measured[2:])
+    assert max(row["plan_bytes"] for row in measured) < 1e6
 
 
 def test_tokens_that_nobody_reads_might_as_well_not_be_there() -> None:

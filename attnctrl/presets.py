@@ -1,0 +1,116 @@
+"""Stacks of controls under the names of the methods they come from.
+
+    with ac.attach(pipe, ac.presets.make("seg2any", regions)):
+        ...
+
+Regions are a list of `Region`, or one list per sample of the batch. What is not a table of the paper but a choice of
+ours says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
+from .errors import ControlError
+from .schedule import Window
+
+__all__ = ["PRESETS", "alternating", "lamic", "lamic_fixed", "make", "regional_prompting", "seg2any"]
+
+
+def layout(regions: Any, *, window: Window = (0.0, 0.5)) -> list[Control]:
+    """Ours: each region reads its own text; regions do not see each other in the first half, the background sees all.
+
+    Isolation that never ends leaves seams (measured on the embedded models).
+    """
+    return [Isolate(window=window, background="shared"), Regions(regions)]
+
+
+def lamic(regions: Any, *, words: Any = (), window: Window = (0.0, 0.05)) -> list[Control]:
+    """LAMIC (arXiv 2508.00477) as published: phase A for one step of twenty, relaying hubs, phase B to the end.
+
+    In the paper texts are words of one prompt (`Region.spans`), and a reference without a box has the whole canvas (a
+    region without box and mask).
+
+    Args:
+        words: tokens of the prompt that are no padding, see `GroupIsolation`.
+    """
+    return [GroupIsolation(regions, words=words), RegionModulation(window=window)]
+
+
+def lamic_fixed(regions: Any, *, words: Any = (), window: Window = (0.0, 0.5)) -> list[Control]:
+    """LAMIC with our choices: prompt and padding carry nothing from one entity to another (they read texts alone), and
+    regions stay apart for half of the denoising progress; a reference without a box is best given the uncovered part.
+    """
+    return [GroupIsolation(regions, words=words, hubs="source"), RegionModulation(window=window)]
+
+
+def regional_prompting(
+    regions: Any, *, base_ratio: float = 0.2, window: Window = (0.0, 0.42), every: int = 1
+) -> list[Control]:
+    """Training-free Regional Prompting (arXiv 2411.02395): M_reg mixed with the plain prompt, in the first steps.
+
+    Args:
+        base_ratio: share of the plain pass; published examples use 0.1 to 0.3.
+        window: published examples inject in 10 of 24 steps.
+        every: M_reg acts in every n-th block; the others read the texts of all regions, as in the authors' code.
+    """
+    masked: dict[str, Any] = {"window": window, "layers": None if every == 1 else f"all/{every}"}
+    stack: list[Control] = [
+        Regions(regions, global_text="none", base_ratio=base_ratio, **masked),
+        Isolate(background="isolated", **masked),
+    ]
+    between = OpenTexts(base_ratio=base_ratio, global_text="none", window=window, layers=f"not all/{every}")
+    return stack if every == 1 else [*stack, between]
+
+
+def seg2any(
+    regions: Any, *, window: Window = (0.0, 0.5), attributes: Window = (0.0, 0.35), layers: Any = None
+) -> list[Control]:
+    """The two masks of Seg2Any (arXiv 2506.00596) without its training: semantic alignment and attribute isolation.
+
+    The paper's model has both at all steps, attribute isolation in single blocks 0 to 18 of 38; the windows are ours,
+    for models that have not learned to live with it.
+
+    Args:
+        layers: of attribute isolation; "single-early" on FLUX is the paper's. None takes all.
+    """
+    return [
+        Regions(regions, global_text="open", window=window),
+        Isolate(background="reads_all", prompt="background", window=attributes, layers=layers),
+    ]
+
+
+def alternating(regions: Any, *, window: Window = (0.0, 1.0)) -> list[Control]:
+    """Every second block parts regions, the others read the texts of all, as InvokeAI does on FLUX."""
+    masked: dict[str, Any] = {"window": window, "layers": "all/2"}
+    return [
+        Regions(regions, **masked),
+        Isolate(background="shared", **masked),
+        OpenTexts(window=window, layers="not all/2"),
+    ]
+
+
+PRESETS: Mapping[str, Callable[..., list[Control]]] = {
+    "layout": layout,
+    "lamic": lamic,
+    "lamic-fixed": lamic_fixed,
+    "regional-prompting": regional_prompting,
+    "seg2any": seg2any,
+    "alternating": alternating,
+}
+
+
+def make(name: str, regions: Any, **options: Any) -> list[Control]:
+    """The stack called `name`.
+
+    Raises:
+        ControlError: for an unknown name or option.
+    """
+    if name not in PRESETS:
+        raise ControlError(f"There is no preset named {name!r}. Known: {', '.join(PRESETS)}.")
+    try:
+        return PRESETS[name](regions, **options)
+    except TypeError as error:
+        raise ControlError(f"preset '{name}': {error}. See attnctrl.presets.{PRESETS[name].__name__}.") from error

@@ -1,0 +1,95 @@
+"""Stacks by the names of their papers: each layer of each phase equals the paper's tables, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from harness import Token, dense, flux, probe, regions, tokens, unet, weights
+from table import Rule, isolating, lamic, regional
+
+import attnctrl as ac
+from attnctrl import presets
+from attnctrl.errors import ControlError
+
+BETA = 0.2
+
+
+def m_reg(q: Token, k: Token) -> float:
+    """The mask of arXiv 2411.02395: no T_g; texts with their own, images where both are in a region or both in none."""
+    if "global" in (q.kind, k.kind):
+        return float(q.kind == k.kind)
+    if q.kind == "text":
+        return float(q.owner in k.members if k.kind != "text" else q.owner == k.owner)
+    if k.kind == "text":
+        return float(k.owner in q.members)
+    return float(bool(q.members & k.members) or not (q.members or k.members))
+
+
+def all_texts(q: Token, k: Token) -> float:
+    """The regional pass of the blocks between: no mask, and no T_g in it."""
+    return float(("global" in (q.kind, k.kind)) <= (q.kind == k.kind))
+
+
+def everything(q: Token, k: Token) -> float:
+    return 1.0
+
+
+def coupled(q: Token, k: Token) -> float:
+    """InvokeAI: the prompt and the background see each other; regions see their own and the background."""
+    return regional("background")(q, k) * isolating("shared")(q, k)
+
+
+SEG2ANY = [regional("open"), isolating("reads_all", prompt="background")]
+EXPECTED: dict[str, tuple[dict[str, Any], list[list[Rule]], float]] = {
+    "regional-prompting": ({}, [[m_reg]] * 4, BETA),
+    "regional-prompting, every second": ({"every": 2}, [[m_reg], [all_texts]] * 2, BETA),
+    "seg2any": ({}, [SEG2ANY] * 4, 0.0),
+    "seg2any, single-early": ({"layers": "single-early"}, [SEG2ANY[:1], SEG2ANY[:1], SEG2ANY, SEG2ANY[:1]], 0.0),
+    "alternating": ({}, [[coupled], [everything]] * 2, 0.0),
+    "lamic": ({}, [[lamic("A")]] * 4, 0.0),
+    "lamic-fixed": ({}, [[lamic("A", "source")]] * 4, 0.0),
+    "layout": ({}, [[coupled]] * 4, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_the_first_step_follows_the_papers_tables(case: str) -> None:
+    options, rules, base_ratio = EXPECTED[case]
+    setting, scene = flux(), regions()
+    row = tokens(setting, scene, texts=True)
+    tables = [weights(row, row, *layer) for layer in rules]
+    stack = [always(one) for one in presets.make(case.split(",")[0], scene, **options)]
+    with ac.attach(setting.model, stack), probe() as calls:
+        setting.run()
+    base = weights(row, row, lambda q, k: float("text" not in (q.kind, k.kind)))
+    share = torch.tensor([{"global": 1.0, "image": base_ratio}.get(token.kind, 0.0) for token in row])
+    for call, table in zip(calls, tables, strict=True):
+        passes = [(table, 1 - share), (base, share)] if base_ratio else [(table, None)]
+        assert (call.out - dense(call.query, call.key, call.value, *passes)).abs().max() < 1e-5
+
+
+def always(control: Any) -> Any:
+    """The control at all steps: a bare model has no first one."""
+    return replace(control, window=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_build_on_every_architecture(name: str) -> None:
+    """Two samples with scenes of their own; no row of a plan is left without a key."""
+    for make in (flux, unet):
+        setting = make(batch=2)
+        stack = [always(one) for one in presets.make(name, [regions(), regions(overlap=True)])]
+        with ac.attach(setting.model, stack, branches=("cond",)):
+            assert setting.run().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [("lamik", {}, "no preset named 'lamik'. Known: layout, lamic"), ("lamic", {"hubs": 1}, "preset 'lamic'.*'hubs'")],
+)
+def test_what_is_no_preset_is_refused(name: str, options: Any, message: str) -> None:
+    with pytest.raises(ControlError, match=message):
+        presets.make(name, regions(), **options)
