@@ -323,8 +323,8 @@ class Engine:
         given = next((entry.branches for entry in self.entries if entry.branches), ())
         if given:
             return given
-        # diffusers' guiders announce a branch as "pred_cond"
-        announced = (self.tap.branch or "").removeprefix("pred_")
+        # diffusers' guiders announce a branch as "pred_cond", and as "pred_cond_skip" the prompt's without some layers
+        announced = (self.tap.branch or "").removeprefix("pred_").removesuffix("_skip")
         if announced in self.family.branches:
             return (announced,)
         batch = self.family.batch and self._place.batch(arguments, [entry.pipe for entry in self.entries])

@@ -7,7 +7,7 @@ from typing import Any
 
 from .attach import parts_of
 from .errors import LayoutError, UnsupportedModelError
-from .families import Reader, family_of
+from .families import Reader, family_of, text_limit
 
 __all__ = ["phrase_spans"]
 
@@ -15,7 +15,9 @@ Span = tuple[int, int]
 """Tokens [start, stop) of the text sequence."""
 
 
-def phrase_spans(pipe: Any, prompt: str, phrase: str, occurrence: int | None = None) -> tuple[Span, ...]:
+def phrase_spans(
+    pipe: Any, prompt: str, phrase: str, occurrence: int | None = None, *, max_sequence_length: int | None = None
+) -> tuple[Span, ...]:
     """The tokens of `phrase` in the encoded `prompt`, for every text encoder that the denoiser reads side by side.
 
     A phrase is whole words, sought as written and then without regard to case.
@@ -25,13 +27,16 @@ def phrase_spans(pipe: Any, prompt: str, phrase: str, occurrence: int | None = N
         prompt: as the pipeline is given it.
         phrase: part of the prompt.
         occurrence: 0 for the first time the phrase occurs, and so on; None for all of them.
+        max_sequence_length: as the pipeline's call is given it; None where it has its default. It says where a prompt
+            ends, and where it begins when it is filled up from the left (FLUX.2 dev, by its tokenizer).
 
     Returns:
         Spans in the order of the sequence, neighbours joined; places as in the prompt's embeddings
         (`Layout["text.global"]`).
 
     Raises:
-        LayoutError: when the prompt does not hold the phrase (as often), or the tokenizer cuts it off.
+        LayoutError: when the prompt does not hold the phrase (as often), the tokenizer cuts it off, or the pipeline
+            rewrites the prompt before it reads it.
         UnsupportedModelError: when the family's or the tokenizer's places are not known.
     """
     family = family_of(parts_of(pipe)[0])
@@ -42,7 +47,7 @@ def phrase_spans(pipe: Any, prompt: str, phrase: str, occurrence: int | None = N
             "own instead."
         )
     places = _occurrences(prompt, phrase, occurrence)
-    return tuple(span for reader in readers for span in _read(pipe, reader, prompt, places))
+    return tuple(span for reader in readers for span in _read(pipe, reader, prompt, places, max_sequence_length))
 
 
 def _occurrences(prompt: str, phrase: str, occurrence: int | None) -> list[Span]:
@@ -67,10 +72,11 @@ def _occurrences(prompt: str, phrase: str, occurrence: int | None) -> list[Span]
     return [found[occurrence]]
 
 
-def _read(pipe: Any, reader: Reader, prompt: str, places: list[Span]) -> list[Span]:
+def _read(pipe: Any, reader: Reader, prompt: str, places: list[Span], asked: int | None) -> list[Span]:
     """Spans of tokens that share characters with `places`."""
-    tokenizer = getattr(pipe, reader.tokenizer)
-    if not getattr(tokenizer, "is_fast", False) or tokenizer.padding_side != "right":
+    component = getattr(pipe, reader.tokenizer)
+    tokenizer = getattr(component, "tokenizer", component)  # a processor's own
+    if not getattr(tokenizer, "is_fast", False) or (tokenizer.padding_side != "right" and not reader.filled):
         raise UnsupportedModelError(
             f"{reader.tokenizer} ({type(tokenizer).__name__}) does not tell where its tokens stand; load one with "
             "is_fast and padding_side='right'."
@@ -81,10 +87,17 @@ def _read(pipe: Any, reader: Reader, prompt: str, places: list[Span]) -> list[Sp
             f"The prompt '{prompt}' holds textual inversion tokens, which move the places of its words."
         )
     text = reader.written(pipe, prompt)
-    # a template may quote words of the prompt; the prompt itself is its last part
-    first = text.rindex(prompt)
-    limit = tokenizer.model_max_length
-    told = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=limit)["offset_mapping"]
+    first, begin = _first(reader, text, prompt), reader.begin(pipe)
+    limit = reader.limit(pipe) if reader.limit is not None else asked or text_limit(pipe)
+    told = tokenizer(
+        text,
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=limit + max(0, -begin),
+        # a processor adds no special tokens to a template that begins with one
+        add_special_tokens=tokenizer is component or not text.startswith(tokenizer.bos_token or "\0"),
+        **reader.filled,
+    )["offset_mapping"]
     spans: list[Span] = []
     for start, stop in sorted(places):
         inside = [n for n, (a, b) in enumerate(told) if a < first + stop and b > first + start]
@@ -94,8 +107,20 @@ def _read(pipe: Any, reader: Reader, prompt: str, places: list[Span]) -> list[Sp
                 f"The words '{prompt[start:stop]}' are cut off: {reader.tokenizer} keeps {len(told)} tokens of the "
                 "prompt. Move them to its beginning, or shorten it."
             )
-        begin = reader.begin(pipe) + inside[0]
-        if spans and spans[-1][1] == begin:
-            begin = spans.pop()[0]
-        spans.append((begin, reader.begin(pipe) + inside[-1] + 1))
+        head, tail = begin + inside[0], begin + inside[-1] + 1
+        if spans and spans[-1][1] == head:
+            head = spans.pop()[0]
+        spans.append((head, tail))
     return spans
+
+
+def _first(reader: Reader, text: str, prompt: str) -> int:
+    """The character of `text` at which the prompt begins."""
+    # a template may quote words of the prompt; the prompt itself is its last part
+    found = re.match(rf".*({re.escape(prompt.strip())})", text, re.DOTALL | re.IGNORECASE)
+    if found is None:
+        raise LayoutError(
+            f"The prompt '{prompt}' is rewritten before {reader.tokenizer} is given it, as '{text}'. Write it as it is "
+            "read, or give the phrase a region with a text of its own."
+        )
+    return found.start(1) - (len(prompt) - len(prompt.lstrip()))

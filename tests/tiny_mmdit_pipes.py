@@ -10,13 +10,14 @@ from diffusers import (
     AuraFlowPipeline,
     AutoencoderKLFlux2,
     ChromaPipeline,
+    CogView4Pipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     QwenImagePipeline,
     ZImagePipeline,
 )
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GlmConfig, GlmModel, LlavaProcessor, PixtralImageProcessorPil, Qwen3Config, Qwen3ForCausalLM
 
 from attnctrl.toybox import text
 
@@ -68,10 +69,17 @@ def flux2(seed: int = 0) -> Flux2KleinPipeline:
         return _ready(Flux2KleinPipeline(text_encoder=_language_model(28), **parts))
 
 
-def flux2_dev(seed: int = 0) -> Flux2Pipeline:
+def _processor(padding_side: str) -> LlavaProcessor:
+    """The sibling of dev's own that needs no torchvision; its template begins with a token that the tokenizer would add."""
+    tokenizer = _tokenizer()
+    tokenizer.bos_token, tokenizer.padding_side = "<unk>", padding_side
+    return LlavaProcessor(PixtralImageProcessorPil(), tokenizer, chat_template="{{ bos_token }} " + TEMPLATE)
+
+
+def flux2_dev(seed: int = 0, *, padding_side: str = "right") -> Flux2Pipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        parts = {**_common(tiny_mmdit.flux2()), "vae": _flux2_vae()}
+        parts = {**_common(tiny_mmdit.flux2()), "vae": _flux2_vae(), "tokenizer": _processor(padding_side)}
         pipe = _ready(Flux2Pipeline(text_encoder=_language_model(31), **parts))
     pipe.system_message = "a picture"
     return pipe
@@ -107,3 +115,13 @@ def auraflow(seed: int = 0) -> AuraFlowPipeline:
         tokenizer = _tokenizer()
         encoder = text.t5_encoder(tokenizer, width=12, layers=1)
         return _ready(AuraFlowPipeline(text_encoder=encoder, **_common(tiny_mmdit.auraflow())))
+
+
+def cogview4(seed: int = 0) -> CogView4Pipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = GlmConfig(
+            vocab_size=128, hidden_size=12, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+            num_key_value_heads=1, head_dim=12, pad_token_id=0,
+        )  # fmt: skip
+        return _ready(CogView4Pipeline(text_encoder=GlmModel(config), **_common(tiny_mmdit.cogview4())))

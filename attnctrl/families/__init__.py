@@ -215,8 +215,18 @@ def encode_alone(count: Callable[[Any, str], int], **options: Any) -> Callable[[
 
 
 def text_limit(pipe: Any) -> int:
-    """The most text tokens that a pipeline's call reads unless it is told otherwise."""
-    return int(signature(type(pipe).__call__).parameters["max_sequence_length"].default)
+    """The most text tokens that a pipeline's call reads unless it is told otherwise.
+
+    Raises:
+        UnsupportedModelError: where the call has no `max_sequence_length` with a number as its default.
+    """
+    told = signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    if told is None or not isinstance(told.default, int):
+        raise UnsupportedModelError(
+            f"The call of {type(pipe).__name__} has no max_sequence_length with a number as its default, so how many "
+            "text tokens it reads is not known. Use the pipeline of diffusers that it derives from."
+        )
+    return told.default
 
 
 def all_families() -> tuple[Family, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..layout import Frames, Measures
 from . import Family, append_to, encode_alone, joint, stacks
+from .reader import Reader
 from .sd3 import measure
 
 _MOST = 256
@@ -40,4 +41,5 @@ AURAFLOW = Family(
     append_text=append_to(),
     encode=encode_alone(count_tokens),
     count=count_tokens,
+    readers=(Reader(),),
 )

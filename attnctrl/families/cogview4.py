@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import Family, append_to, joint, stacks
+from .reader import Reader
 from .sd3 import measure
 
 _MULTIPLE, _MOST = 16, 1024
@@ -41,4 +42,5 @@ COGVIEW4 = Family(
     append_text=append_to(),
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(filled={"padding": True, "pad_to_multiple_of": _MULTIPLE, "padding_side": "left"}),),
 )

@@ -44,29 +44,28 @@ def position(arguments: Arguments, slots: Slots) -> Arguments:
 
 
 def _written(pipe: Any, prompt: str) -> str:
-    """What a pipeline of klein gives to its tokenizer.
-
-    Raises:
-        UnsupportedModelError: for dev, whose processor does not tell where its tokens stand.
-    """
+    """What the pipeline gives to its tokenizer."""
     if hasattr(pipe, "system_message"):
-        raise UnsupportedModelError(
-            "FLUX.2 dev reads its prompt by a processor that does not tell where words stand. Give the phrase a region "
-            "with a text of its own instead."
-        )
+        options = {"tokenize": False, "add_generation_prompt": False}
+        return pipe.tokenizer.apply_chat_template(_messages(pipe, prompt), **options)[0]
     messages = [{"role": "user", "content": prompt}]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     return pipe.tokenizer.apply_chat_template(messages, **options)
+
+
+def _messages(pipe: Any, prompt: str) -> list[Any]:
+    """What dev gives to its processor."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+    return format_input([prompt], pipe.system_message)
 
 
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Tokens of a prompt in the chat template of the pipeline's language model, at most 512."""
     if not hasattr(pipe, "system_message"):
         return len(pipe.tokenizer(_written(pipe, prompt), truncation=True, max_length=_MOST).input_ids)
-    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-
     encoded = pipe.tokenizer.apply_chat_template(
-        format_input([prompt], pipe.system_message), add_generation_prompt=False, tokenize=True, return_dict=True
+        _messages(pipe, prompt), add_generation_prompt=False, tokenize=True, return_dict=True
     )
     return min(_MOST, len(encoded["input_ids"][0]))
 
@@ -94,7 +93,7 @@ FLUX2 = Family(
     position=position,
     encode=encode_prompt,
     count=count_tokens,
-    readers=(Reader(written=_written),),
+    readers=(Reader(written=_written, filled={"padding": "max_length"}),),
     rotary=lambda model: Rotary(
         ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
     ),

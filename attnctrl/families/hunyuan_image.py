@@ -20,6 +20,7 @@ from ..errors import LayoutError
 from ..layout import Frame, Frames, Layout, Measures
 from . import Arguments, Family, stacks
 from .hunyuan_video import append_text, position, refine
+from .reader import Reader
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ def arrange(model: Any, measures: Any) -> Frames:
     return Frames.of(joint=Frame.joint(Layout.in_order(*parts)))
 
 
+def _written(pipe: Any, prompt: str) -> str:
+    return pipe.prompt_template_encode.format(prompt)
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Tokens of a prompt in the pipeline's template without the template's head, at most 1000."""
-    tokens = len(pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
+    tokens = len(pipe.tokenizer(_written(pipe, prompt)).input_ids)
     return min(pipe.tokenizer_max_length, tokens - pipe.prompt_template_encode_start_idx)
 
 
@@ -107,4 +112,11 @@ HUNYUAN_IMAGE = Family(
     shadows={"context_embedder.forward": refine},
     encode=encode_prompt,
     count=count_tokens,
+    readers=(
+        Reader(
+            written=_written,
+            begin=lambda pipe: -pipe.prompt_template_encode_start_idx,
+            limit=lambda pipe: pipe.tokenizer_max_length,
+        ),
+    ),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..layout import Frame, Frames, Layout, Measures, Slots
 from . import Arguments, Family, encode_alone, insert, stacks, text_limit
+from .reader import Reader
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,13 @@ def restart(original: Callable[..., Any], hidden_states: Tensor, attention_mask:
     )
 
 
+def _written(pipe: Any, prompt: str) -> str:
+    return f"{pipe.system_prompt} <Prompt Start> {prompt}"
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Gemma tokens of a prompt after the pipeline's system prompt, at most 256."""
-    whole = f"{pipe.system_prompt} <Prompt Start> {prompt}"
-    return len(pipe.tokenizer(whole, truncation=True, max_length=text_limit(pipe)).input_ids)
+    return len(pipe.tokenizer(_written(pipe, prompt), truncation=True, max_length=text_limit(pipe)).input_ids)
 
 
 LUMINA2 = Family(
@@ -109,4 +113,5 @@ LUMINA2 = Family(
     shadows={"rope_embedder.forward": restart},
     encode=encode_alone(count_tokens),
     count=count_tokens,
+    readers=(Reader(written=_written),),
 )

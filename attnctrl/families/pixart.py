@@ -11,6 +11,7 @@ from typing import Any
 
 from ..layout import Measures
 from . import Arguments, Family, append_to, crossed, encode_alone, stacks, text_limit
+from .reader import Reader
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:
@@ -20,10 +21,13 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     return Measures(arguments["encoder_hidden_states"].shape[1], (height // patch, width // patch))
 
 
+def _cleaned(pipe: Any, prompt: str) -> str:
+    return pipe._text_preprocessing(prompt, clean_caption=True)[0]
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """T5 tokens of the cleaned prompt, its end token included, at most what the pipeline reads (120 or 300)."""
-    cleaned = pipe._text_preprocessing(prompt, clean_caption=True)[0]
-    return len(pipe.tokenizer(cleaned, truncation=True, max_length=text_limit(pipe)).input_ids)
+    return len(pipe.tokenizer(_cleaned(pipe, prompt), truncation=True, max_length=text_limit(pipe)).input_ids)
 
 
 PIXART = Family(
@@ -38,4 +42,5 @@ PIXART = Family(
     append_text=append_to("encoder_attention_mask"),
     encode=encode_alone(count_tokens, clean_caption=True),
     count=count_tokens,
+    readers=(Reader(written=_cleaned),),
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..layout import Measures
 from ..select import Layer
 from . import Arguments, Family, append_to, crossed, stacks, text_limit
+from .reader import Reader
 
 
 def layers(model: Any) -> tuple[Layer, ...]:
@@ -38,11 +39,19 @@ def _instruction(pipe: Any) -> list[str]:
     return signature(type(pipe).__call__).parameters["complex_human_instruction"].default or []
 
 
+def _written(pipe: Any, prompt: str) -> str:
+    return "\n".join(_instruction(pipe)) + pipe._text_preprocessing(prompt)[0]
+
+
+def _dropped(pipe: Any) -> int:
+    """Tokens of the instruction that the pipeline leaves out behind the first one."""
+    before = "\n".join(_instruction(pipe))
+    return len(pipe.tokenizer.encode(before)) - 2 if before else 0
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Tokens of a prompt, at most 300: the first one, and those after the pipeline's instruction."""
-    before = "\n".join(_instruction(pipe))
-    length = len(pipe.tokenizer(before + pipe._text_preprocessing(prompt)[0]).input_ids)
-    return min(text_limit(pipe), length if not before else length - len(pipe.tokenizer.encode(before)) + 2)
+    return min(text_limit(pipe), len(pipe.tokenizer(_written(pipe, prompt)).input_ids) - _dropped(pipe))
 
 
 @torch.no_grad()
@@ -69,4 +78,5 @@ SANA = Family(
     append_text=append_to("encoder_attention_mask"),
     encode=encode_prompt,
     count=count_tokens,
+    readers=(Reader(written=_written, begin=lambda pipe: -_dropped(pipe)),),
 )

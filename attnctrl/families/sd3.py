@@ -31,9 +31,13 @@ def arrange(model: Any, measures: Measures) -> Frames:
     )
 
 
+def _clip_tokens(pipe: Any) -> int:
+    return int(pipe.tokenizer_max_length)
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """The CLIP encoders' full length (77), then T5's own tokens, its end token included, at most 256."""
-    return int(pipe.tokenizer_max_length) + _t5_tokens(pipe, prompt)
+    return _clip_tokens(pipe) + _t5_tokens(pipe, prompt)
 
 
 def _t5_tokens(pipe: Any, prompt: str) -> int:
@@ -66,5 +70,5 @@ SD3 = Family(
     encode=encode_prompt,
     count=count_tokens,
     # both CLIP encoders see the same words; they stand side by side in channels
-    readers=(Reader("tokenizer"), Reader("tokenizer_3", begin=lambda pipe: int(pipe.tokenizer_max_length))),
+    readers=(Reader("tokenizer", limit=_clip_tokens), Reader("tokenizer_3", begin=_clip_tokens)),
 )

@@ -91,5 +91,5 @@ UNET = Family(
     append_text=append_to("encoder_attention_mask"),
     encode=encode_prompt,
     count=count_tokens,
-    readers=(Reader(),),
+    readers=(Reader(limit=lambda pipe: pipe.tokenizer.model_max_length),),
 )

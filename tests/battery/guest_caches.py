@@ -98,14 +98,20 @@ def forget(model: Any) -> None:
 
 
 def cached(guest: Guest, setting: Setting) -> None:
-    """Layers that run are controlled, others keep what they gave under the same controls; nothing of it is left after."""
+    """Layers that run are controlled, others keep what they gave under the same controls; nothing of it is left after.
+
+    Controls come and go in the middle of a run, where the cache would next give what it keeps.
+    """
     context = "cond" if hasattr(setting.model, "cache_context") else None
+    steps = range(2, STEPS)
+    (last,) = run_steps(setting, steps[-1:], context=context)
     with guest.enter(setting):
         plain = run_steps(setting, context=context)
+        run_steps(setting, range(steps.start), context=context)
         with attached(setting, scene := CASE.scene()) as handle:
             acting = 0
             ran = []
-            for step in range(STEPS):
+            for step in steps:
                 with probe() as calls:
                     (out,) = run_steps(setting, [step], context=context)
                 equals_formula(setting, scene, calls, kinds=[kinds_of(setting, scene, call) for call in calls])
@@ -113,11 +119,13 @@ def cached(guest: Guest, setting: Setting) -> None:
                 acting += bool(calls)
                 ran.append(len(calls))
             assert ran[0] == len(setting.calls)
-            assert sum(ran) < STEPS * len(setting.calls)
+            assert sum(ran) < len(steps) * len(setting.calls)
             report = handle.report()
             assert all(one.forwards == acting for one in report.controls)
-            assert report.forwards == STEPS
+            assert report.forwards == len(steps)
             assert report.warnings == ()
+        assert torch.equal(run_steps(setting, steps[-1:], context=context)[0], last)
+        forget(setting.model)
         for before, after in zip(plain, run_steps(setting, context=context), strict=True):
             assert torch.equal(before, after)
 

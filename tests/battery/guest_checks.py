@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -126,7 +126,8 @@ class Guest:
 
 def attached(setting: Setting, scene: Sequence[Any], controls: Sequence[Any] | None = None) -> Any:
     stack = CASE.controls(scene) if controls is None else controls
-    return ac.attach(setting.model, stack, branches=branches(setting.model))
+    placed = [control if setting.layers is None else replace(control, layers=setting.layers) for control in stack]
+    return ac.attach(setting.model, placed, branches=branches(setting.model))
 
 
 def run_probed(guest: Guest, setting: Setting) -> tuple[torch.Tensor, list[Kernel]]:

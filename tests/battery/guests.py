@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import guest_caches as caches
 import guest_checks as check
+import guest_guiders as guiders
 import guest_kinds as kinds
 import torch
 from guest_checks import Guest
@@ -12,9 +13,24 @@ COMPILED_BLOCKS = "torch.compile of repeated blocks"
 NO_BLOCKS = {"sd3": "diffusers names no repeated blocks for it"}
 NO_CONTEXT = dict.fromkeys(("sd3", "unet"), "diffusers' caches of blocks are not made for it")
 NO_LORA = {"pixart": "diffusers' class takes no LoRA"}
-OWN_KERNEL = ("sd3", "unet", "auraflow", "cogview4", "pixart", "cogvideox", "lumina2")
+OWN_KERNEL = ("sd3", "unet", "auraflow", "cogview4", "pixart", "cogvideox", "lumina2", "sana")
 NO_CHECKPOINTS = {"hunyuan-image": "diffusers' refiner fails under it"}
 NO_DISPATCH = "its processors call PyTorch's kernel themselves"
+
+UNTOUCHED = "nothing is controlled in the layers that it perturbs or leaves out; all others are"
+NO_SCORES = dict.fromkeys(
+    (
+        *("flux", "sd3", "flux2", "chroma", "auraflow", "lumina2", "wan", "wan-i2v", "ltx"),
+        *("cogvideox", "hunyuan-video", "sana"),
+    ),
+    "diffusers takes no scores from its processors",
+)
+NO_SKIPPING = {
+    **dict.fromkeys(
+        ("flux", "sd3", "qwen"), "diffusers gives image and text on in the wrong order where it skips a block"
+    ),
+    **dict.fromkeys(("chroma", "zimage", "auraflow", "lumina2", "sana"), "diffusers cannot skip its blocks"),
+}
 
 NO_HALVES = "diffusers' FasterCache fails on its outputs, which are no pictures"
 NO_FASTER = "diffusers finds none of its layers"
@@ -35,6 +51,12 @@ EVERYWHERE: dict[str, Guest] = {
     "gradient checkpointing, no gradients": Guest(kinds.once(kinds.checkpointing), absent=NO_CHECKPOINTS),
     "gradient checkpointing, with gradients": Guest(
         kinds.once(kinds.checkpointing), check.refused("no_grad"), gradients=True, absent=NO_CHECKPOINTS
+    ),
+    "a guider's perturbed attention": Guest(
+        guiders.put(guiders.perturbing), guiders.left_alone(guiders.perturbing), note=UNTOUCHED, absent=NO_SCORES
+    ),
+    "a guider's skipped layers": Guest(
+        guiders.put(guiders.skipping), guiders.left_alone(guiders.skipping), note=UNTOUCHED, absent=NO_SKIPPING
     ),
 }
 """Guests that every family of the battery meets."""

@@ -27,7 +27,8 @@ class Setting:
 
     `None` among the calls is one that no control touches. `registers` are learned tokens: those that follow the prompt
     ("text") or the image, and those by themselves ("registers"). `fixed`: the text keeps its length, further texts take
-    the place of its last tokens. `glyphs` are tokens of the prompt that stand by themselves.
+    the place of its last tokens. `glyphs` are tokens of the prompt that stand by themselves. `layers` are those that
+    controls can act in, None for all.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Setting:
     prompt: str = "encoder_hidden_states"
     fixed: bool = False
     glyphs: int = 0
+    layers: str | None = None
 
     def run(self, **changes: Any) -> Tensor:
         out = self.model(**{**self.inputs, **changes})[0]

@@ -53,6 +53,12 @@ def hunyuan_video(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.f
     return Setting(tiny.hunyuan_video(dtype=dtype), inputs, calls, grid=FILM)
 
 
+def sana(seed: int = 0, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Setting:
+    """Its self-attention is linear and calls no kernel."""
+    inputs = tiny.inputs(batch, 4, 4, 6, seed=seed, dtype=dtype)
+    return Setting(tiny.sana(dtype=dtype), inputs, [Kinds("image", "text")] * 2, layers="cross")
+
+
 FAMILIES: dict[str, Callable[..., Setting]] = {
     "pixart": pixart,
     "wan": wan,
@@ -61,6 +67,10 @@ FAMILIES: dict[str, Callable[..., Setting]] = {
     "cogvideox": cogvideox,
     "hunyuan-video": hunyuan_video,
 }
-BRANCHES = dict.fromkeys(
-    ("PixArtTransformer2DModel", "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel"), ("cond",)
+BATCHED = (
+    "PixArtTransformer2DModel",
+    "LTXVideoTransformer3DModel",
+    "CogVideoXTransformer3DModel",
+    "SanaTransformer2DModel",
 )
+BRANCHES = dict.fromkeys(BATCHED, ("cond",))

@@ -15,9 +15,11 @@ from guest_caches import run_steps
 from guest_checks import Guest
 from guests import EVERYWHERE, GUESTS
 from harness import FAMILIES, Setting
+from settings_video import sana
 
 FULL = ("flux", "sd3", "unet")
-OTHERS = tuple(name for name in FAMILIES if name not in FULL)
+MODELS = {**FAMILIES, "sana": sana}
+OTHERS = tuple(name for name in MODELS if name not in FULL)
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 PAIRS = [
     *((family, name, guest) for name, guest in GUESTS.items() for family in FULL),
@@ -35,7 +37,7 @@ def pairs(*, absent: bool) -> Any:
 
 
 def made(family: str, guest: Guest) -> Setting:
-    return FAMILIES[family](**guest.options)
+    return MODELS[family](**guest.options)
 
 
 @pairs(absent=False)
@@ -82,6 +84,6 @@ INTRODUCTION = """# Compatibility
 What may be on a model together with controls. This page is written by `tests/battery/test_guests.py`, which tries every
 cell on a tiny random model of the real class: "acts" means that in every kernel call the output equals the dense
 formula in float64, and that leaving restores the model bit by bit; "refused" means an error that names the remedy;
-"none" that diffusers itself has no such thing, or that it fails there without controls as well. Numbers lead to the
-notes below.
+"none" that diffusers itself has no such thing, or that it fails there without controls as well. Sana's controls are
+those of its cross attention (`layers="cross"`). Numbers lead to the notes below.
 """

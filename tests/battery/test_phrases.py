@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_masked_pipes
 import tiny_mmdit_pipes
 import tiny_pipes
 import torch
+from diffusers import SanaPipeline
+from test_video_pipelines import made
 from torch import Tensor
 
 import attnctrl as ac
@@ -16,6 +20,20 @@ from attnctrl.toybox.models.flux import tiny_pipeline
 
 PROMPT = "a red circle left, a blue square right"
 DEVICE = {"device": torch.device("cpu")}
+
+
+def sana() -> Any:
+    pipe, _ = made("sana")
+    # as long as real ones; the instruction is spelled out letter by letter
+    pipe.tokenizer.model_max_length = 10**30
+    return pipe
+
+
+def told(pipe: Any, prompt: str, **options: Any) -> Tensor:
+    """As the pipeline's call encodes a prompt, at its own length."""
+    return pipe.encode_prompt(prompt, do_classifier_free_guidance=False, **DEVICE, **options)[0]
+
+
 PIPES: dict[str, tuple[Callable[[], Any], Callable[[Any, str], Any]]] = {
     "flux": (tiny_pipeline, lambda pipe, p: pipe.encode_prompt(p, None, max_sequence_length=24)[0]),
     "chroma": (tiny_mmdit_pipes.chroma, lambda pipe, p: pipe.encode_prompt(p, None, max_sequence_length=24)[0]),
@@ -31,10 +49,23 @@ PIPES: dict[str, tuple[Callable[[], Any], Callable[[Any, str], Any]]] = {
         lambda pipe, p: pipe.encode_prompt(p, do_classifier_free_guidance=False, **DEVICE)[0][0][None],
     ),
     "flux2": (tiny_mmdit_pipes.flux2, lambda pipe, p: pipe.encode_prompt(p, max_sequence_length=32, **DEVICE)[0]),
+    "flux2 dev": (tiny_mmdit_pipes.flux2_dev, lambda pipe, p: pipe.encode_prompt(p, **DEVICE)[0]),
+    "flux2 dev, padded on the left": (
+        lambda: tiny_mmdit_pipes.flux2_dev(padding_side="left"),
+        lambda pipe, p: pipe.encode_prompt(p, **DEVICE)[0],
+    ),
+    "auraflow": (tiny_mmdit_pipes.auraflow, told),
+    "cogview4": (tiny_mmdit_pipes.cogview4, told),
+    "lumina2": (tiny_masked_pipes.lumina2, told),
+    "hunyuan-image": (tiny_masked_pipes.hunyuan_image, lambda pipe, p: pipe.encode_prompt(p, **DEVICE)[0]),
+    "pixart": (lambda: made("pixart")[0], lambda pipe, p: told(pipe, p, clean_caption=True)),
+    "sana": (sana, lambda pipe, p: told(pipe, p, complex_human_instruction=INSTRUCTION)),
 }
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 MIXING = ("out_proj", "o_proj", "SelfAttention.o")
 
 
+@torch.no_grad()
 def without_mixing(pipe: Any) -> Any:
     """Text encoders whose attention adds nothing: every embedding depends on its own token alone."""
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -65,6 +96,26 @@ def test_a_phrase_is_where_its_embeddings_are(name: str, phrase: str, other: str
     assert len(difference) == (2 if phrase != "square" else 1) * (1 + (name == "sd3"))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [None, 40])
+def test_nothing_before_a_phrase_knows_of_it(side: str, length: int | None) -> None:
+    """The text model of FLUX.2 dev is causal: with its mixing on, a word reaches itself and what follows."""
+    pipe = tiny_mmdit_pipes.flux2_dev(padding_side=side)
+    given = {} if length is None else {"max_sequence_length": length}
+    ((start, stop),) = ac.phrase_spans(pipe, PROMPT, "blue square", **given)
+    with torch.no_grad():
+        before, after = (
+            pipe.encode_prompt(p, **DEVICE, **given)[0] for p in (PROMPT, PROMPT.replace("blue square", "green star"))
+        )
+    difference = changed(before, after)
+    assert min(difference) == start
+    assert set(range(start, stop)) <= difference
+    # "right" and the pieces of the vocabulary around it follow; padding comes before them where it is on the left
+    assert (start > 20) == (side == "left")
+    if side == "left":
+        assert max(difference) == (length or 512) - 1
+
+
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_an_occurrence_can_be_asked_for(name: str) -> None:
     pipe = PIPES[name][0]()
@@ -93,11 +144,43 @@ def test_words_behind_the_encoders_limit_are_an_error() -> None:
         ac.phrase_spans(pipe, "a red circle, " * 12 + "a blue square", "blue square")
 
 
+@pytest.mark.parametrize("name", ["flux2", "flux2 dev", "qwen", "zimage", "sd3"])
+def test_the_length_that_the_call_is_given_cuts_words_off(name: str) -> None:
+    """The last word stands last but for a template's end or an end token; head tokens that are dropped do not count."""
+    pipe = PIPES[name][0]()
+    *_, (_, stop) = ac.phrase_spans(pipe, PROMPT, "right")
+    length = stop - (pipe.tokenizer_max_length if name == "sd3" else 0)
+    spans = ac.phrase_spans(pipe, PROMPT, "right", max_sequence_length=length + 1)
+    assert spans[-1] == (stop - 1, stop)
+    with pytest.raises(ac.LayoutError, match="'right' are cut off"):
+        ac.phrase_spans(pipe, PROMPT, "right", max_sequence_length=length - 1)
+
+
+def test_prompts_that_are_rewritten() -> None:
+    """In another case or without spaces around them they are found; without some of their words they are not."""
+    pipe = sana()
+    expected = ac.phrase_spans(pipe, PROMPT, "red circle")
+    assert ac.phrase_spans(pipe, f"  {PROMPT.upper()} ", "red circle") == expected
+    with pytest.raises(ac.LayoutError, match=r"is rewritten before tokenizer is given it, as '.*a red circle"):
+        ac.phrase_spans(tiny_mmdit_pipes.flux2_dev(), "a red[IMG] circle", "circle")
+
+
+def test_a_call_that_does_not_tell_its_length_is_refused() -> None:
+    class Plain(type(tiny_mmdit_pipes.chroma())):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    pipe = tiny_mmdit_pipes.chroma()
+    expected = ac.phrase_spans(pipe, PROMPT, "square")
+    pipe.__class__ = Plain
+    with pytest.raises(ac.UnsupportedModelError, match="The call of Plain has no max_sequence_length"):
+        ac.phrase_spans(pipe, PROMPT, "square")
+    assert ac.phrase_spans(pipe, PROMPT, "square", max_sequence_length=40) == expected
+
+
 def test_pipelines_that_do_not_tell_places_are_refused() -> None:
-    with pytest.raises(ac.UnsupportedModelError, match=r"FLUX\.2 dev"):
-        ac.phrase_spans(tiny_mmdit_pipes.flux2_dev(), PROMPT, "square")
-    with pytest.raises(ac.UnsupportedModelError, match="not known for AuraFlowPipeline"):
-        ac.phrase_spans(tiny_mmdit_pipes.auraflow(), PROMPT, "square")
+    with pytest.raises(ac.UnsupportedModelError, match="not known for LTXPipeline"):
+        ac.phrase_spans(made("ltx")[0], PROMPT, "square")
     pipe = tiny_mmdit_pipes.zimage()
     pipe.tokenizer.padding_side = "left"
     with pytest.raises(ac.UnsupportedModelError, match="padding_side='right'"):

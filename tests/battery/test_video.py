@@ -11,20 +11,15 @@ import tiny_video as tiny
 import torch
 from harness import DOORS, dense, regions, tokens, weights
 from harness import probe as probed
-from setting import Kinds, Setting
+from setting import Setting
 from table import regional
 
 import attnctrl as ac
 
 
-def sana() -> Setting:
-    inputs = tiny.inputs(1, 4, 4, 6)
-    return Setting(tiny.sana(), inputs, [Kinds("image", "text")] * 2)
-
-
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 def test_sanas_cross_attention_equals_the_dense_formula(door: Any) -> None:
-    setting, scene = sana(), regions()
+    setting, scene = settings.sana(), regions()
     base = setting.run()
     with door(setting.model, [ac.Regions(scene, layers="cross")]), probed() as calls:
         on = setting.run()
