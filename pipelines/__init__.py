@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnctrl.pipelines.scene import ScenePicture, ScenePipeline, Settings
+from attnctrl.pipelines.base import ScenePicture
+from attnctrl.pipelines.layout import LayoutPipeline, Subject
+from attnctrl.pipelines.scene import ScenePipeline
+from attnctrl.pipelines.settings import Settings
 
-__all__ = ["ScenePicture", "ScenePipeline", "Settings", "with_references"]
+__all__ = ["LayoutPipeline", "ScenePicture", "ScenePipeline", "Settings", "Subject", "with_references"]
 
 
 def __getattr__(name: str) -> Any:

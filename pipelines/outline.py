@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnctrl.pipelines.base import PIPELINES
 from attnctrl.pipelines.models import Model
-from attnctrl.pipelines.scene import PIPELINES
 from attnctrl.pipelines.settings import Canvas, Settings, settings_of
 
 from attnctrl.errors import AssetError, UnsupportedModelError
@@ -113,15 +113,17 @@ class Outline:
         return list(run_levels(scheduler)[1])
 
     def references(self, scene: Scene, settings: Settings) -> list[tuple[int, int]]:
-        """(rows, columns) of tokens of the scene's reference picture, as Kontext would resize it."""
-        from attnctrl.pipelines.references import reference_size
+        """(rows, columns) of tokens of the scene's reference pictures, as Kontext would resize them."""
+        from attnctrl.pipelines.references import MAX_PIXELS, reference_size
 
-        picture = scene.reference()
-        if picture is None:
-            return []
         token = 2 * self.canvas.vae_scale_factor
-        width, height = reference_size(picture.size, token, auto_resize=settings.auto_resize)
-        return [(height // token, width // token)]
+        sizes = [
+            reference_size(
+                picture.size, token, scene.reference_pixels or MAX_PIXELS, settings.auto_resize, f"reference {k}"
+            )
+            for k, picture in enumerate(scene.references())
+        ]
+        return [(height // token, width // token) for width, height in sizes]
 
 
 def _parts(source: str, index: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 pipe = with_references(FluxKontextPipeline.from_pretrained(...), [cat, dog])
 regions = [Region("a cat", box=(0, 0, 0.5, 1), reference=0), Region("a dog", box=(0.5, 0, 1, 1), reference=1)]
 with attach(pipe, Regions(regions)):
-    image = pipe("a cat and a dog").images[0]
+    image = pipe(prompt="a cat and a dog").images[0]
 """
 
 from __future__ import annotations
@@ -193,8 +193,7 @@ def reference_size(
     width, height = size
     if not (token <= min(size) and max(size) <= _MAX_SIDE):
         raise LayoutError(
-            f"{label}: a side must have {token} (one token) to {_MAX_SIDE} pixels; found {width} x {height}; "
-            "resize it."
+            f"{label}: a side must have {token} (one token) to {_MAX_SIDE} pixels; found {width} x {height}; resize it."
         )
     if auto_resize:
         from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS

@@ -324,7 +324,7 @@ def test_what_cannot_be_is_said(pipe, pictures, options, error, message):
 def test_pipelines_without_references_are_refused_with_those_that_have_them():
     stranger = object.__new__(StableDiffusionPipeline)
     with pytest.raises(
-        UnsupportedModelError, match="StableDiffusionPipeline follows no reference picture.*FluxPipeline"
+        UnsupportedModelError, match=r"StableDiffusionPipeline follows no reference picture.*FluxPipeline"
     ):
         with_references(stranger, [RED])
 
