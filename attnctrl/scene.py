@@ -15,6 +15,7 @@ comes from the model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from attnctrl.scenecheck import build_controls, control_problems, control_schema, problems_of
 from attnctrl.scenefile import (
     MAX_SCENE_BYTES,
     FileRefused,
@@ -47,6 +49,7 @@ from attnctrl.scenefile import (
     scene_error,
     short,
 )
+from attnctrl.sceneplaces import box_problems, outside_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAX_SIDE, SIDE_MULTIPLE = 4096, 8
-MAX_STEPS, MAX_SUBJECTS, MAX_CONTROLS, MAX_PROMPT = 500, 32, 16, 4000
+MAX_STEPS, MAX_SUBJECTS, MAX_REFERENCES, MAX_CONTROLS, MAX_PROMPT = 500, 32, 8, 16, 4000
 MAX_SEED = 2**63 - 1
 _MODEL = re.compile(r"toy-[a-z0-9-]+|\./[^\0\\]+|[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CANVAS = 512  # rows and columns on which an outside-of-everything mask is drawn when the scene gives no size
@@ -134,6 +137,12 @@ class Scene(_Document):
     background: Annotated[
         str | None, Field(min_length=1, max_length=MAX_PROMPT, description="what is outside all boxes and masks")
     ] = None
+    reference_positions: Annotated[
+        Literal["corner", "region", "apart"], Field(description="where the model finds references")
+    ] = "corner"
+    reference_pixels: Annotated[int | None, Field(ge=1, description="area to which larger references are shrunk")] = (
+        None
+    )
     controls: Annotated[
         Annotated[tuple[dict[str, Any], ...], Field(max_length=MAX_CONTROLS)] | None,
         BeforeValidator(_listed),
@@ -172,7 +181,7 @@ class Scene(_Document):
             Problem(f"subjects[{index}].box", problem, str(list(subject.box)), remedy)
             for index, subject in enumerate(self.subjects)
             if subject.box is not None
-            for problem, remedy in _box_problems(subject.box, right, bottom, self.units)
+            for problem, remedy in box_problems(subject.box, right, bottom, self.units)
         ]
         names = [subject.name for subject in self.subjects if subject.name is not None]
         problems += [
@@ -180,9 +189,9 @@ class Scene(_Document):
             for name in sorted({name for name in names if names.count(name) > 1})
         ]
         references = [f"subjects[{i}].reference" for i, subject in enumerate(self.subjects) if subject.reference]
-        if len(references) > 1:
-            found = ", ".join(references)
-            problems.append(Problem("", "this version takes one reference picture at most", found, "keep one of them"))
+        if len(references) > MAX_REFERENCES:
+            found, remedy = f"{len(references)} ({', '.join(references)})", "leave some of them out"
+            problems.append(Problem("", f"a scene takes {MAX_REFERENCES} reference pictures at most", found, remedy))
         if problems:
             raise PydanticCustomError("problems", "see the list", {"problems": problems})
         return self
@@ -202,9 +211,7 @@ class Scene(_Document):
         try:
             scene = cls.model_validate(dict(data))
         except ValidationError as error:
-            from attnctrl.scenecheck import problems_of
-
-            raise scene_error(label, problems_of(error, cls)) from None
+            raise scene_error(label, problems_of(error, cls, {"subjects": Subject})) from None
         scene._files = files if files is not None else SceneMemory()
         scene._label = label
         problems = [*scene._file_problems(), *scene._control_problems()]
@@ -239,18 +246,21 @@ class Scene(_Document):
         """The folder that the scene was loaded from, None if it was made in memory."""
         return self._files.root if isinstance(self._files, SceneFolder) else None
 
-    def reference(self) -> Image.Image | None:
-        """The reference picture (RGB), None if the scene has none."""
+    def references(self) -> list[Image.Image]:
+        """The reference pictures (RGB) in the order of their subjects."""
         names = [subject.reference for subject in self.subjects if subject.reference is not None]
-        return decode_picture(self.read_file(names[0])) if names else None
+        return [decode_picture(self.read_file(name)) for name in names]
 
     def regions(self) -> list[Region]:
         """The subjects that have a place, as regions with normalised boxes or bool masks [height, width].
 
-        With `background`, one more region is everything outside the others; it comes last.
+        Region.reference counts `references()`. With `background`, one more region is everything outside the others; it
+        comes last.
         """
         from attnctrl.region import Region
 
+        numbers = itertools.count()
+        bound = [None if subject.reference is None else next(numbers) for subject in self.subjects]
         regions = [
             Region(
                 prompt=subject.prompt,
@@ -258,9 +268,9 @@ class Scene(_Document):
                 mask=self._mask(subject),
                 name=subject.name,
                 strength=subject.strength,
-                reference=None if subject.reference is None else 0,
+                reference=reference,
             )
-            for subject in self.subjects
+            for subject, reference in zip(self.subjects, bound, strict=True)
             if subject.box is not None or subject.mask is not None
         ]
         if self.background is not None:
@@ -284,8 +294,6 @@ class Scene(_Document):
         Raises:
             SceneError: An entry does not make a control.
         """
-        from attnctrl.scenecheck import build_controls
-
         return build_controls(self.control_entries, self.regions(), self._label)
 
     def normalised(self, box: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
@@ -300,7 +308,7 @@ class Scene(_Document):
 
     def _outside(self) -> np.ndarray:
         places = [self.normalised(subject.box) or self._mask(subject) for subject in self.subjects]
-        return _outside(places, (self.height or _CANVAS, self.width or _CANVAS))
+        return outside_of(places, (self.height or _CANVAS, self.width or _CANVAS))
 
     def _file_problems(self) -> list[Problem]:
         problems = []
@@ -331,8 +339,6 @@ class Scene(_Document):
         return []
 
     def _control_problems(self) -> list[Problem]:
-        from attnctrl.scenecheck import control_problems
-
         return control_problems(self.control_entries, self._anything_placed)
 
 
@@ -362,40 +368,8 @@ def is_model_name(text: str) -> bool:
 
 def scene_schema() -> dict[str, Any]:
     """JSON Schema of a scene file, with the parameters of every registered control."""
-    from attnctrl.scenecheck import control_schema
-
     schema = Scene.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "attnctrl scene"
     schema["properties"]["controls"]["anyOf"][0]["items"] = control_schema()
     return json.loads(json.dumps(schema))
-
-
-def _box_problems(box: tuple[float, ...], right: float, bottom: float, units: str) -> list[tuple[str, str]]:
-    x0, y0, x1, y1 = box
-    if not (x0 < x1 and y0 < y1):
-        return [("a box needs x0 < x1 and y0 < y1", "write it as [left, top, right, bottom]")]
-    if x0 < 0 or y0 < 0 or x1 > right or y1 > bottom:
-        canvas = f"[0, 0, {right:g}, {bottom:g}] in {units} units"
-        remedy = "add 'units: pixels'" if units == "normalised" and max(box) > 2 else "move or shrink the box"
-        return [(f"the box is not inside the picture {canvas}", remedy)]
-    return []
-
-
-def _outside(places: list[Any], canvas: tuple[int, int]) -> np.ndarray:
-    """Bool mask [height, width] of the pixels whose centre is in none of the boxes and masks."""
-    import numpy as np
-
-    height, width = canvas
-    y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
-    outside = np.ones(canvas, dtype=bool)
-    for place in places:
-        if place is None:
-            continue
-        if isinstance(place, tuple):
-            x0, y0, x1, y1 = place
-            outside &= ~(((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :])
-        else:
-            rows = (y * place.shape[0]).astype(int)
-            outside &= ~place[np.ix_(rows, (x * place.shape[1]).astype(int))]
-    return outside

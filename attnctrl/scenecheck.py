@@ -36,7 +36,11 @@ def key_path(location: Sequence[int | str]) -> str:
     return text
 
 
-def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+Parts = Mapping[str, type[BaseModel]]
+"""By key: the class of the documents in its list."""
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], parts: Parts) -> list[Problem]:
     """Every finding of pydantic on a document of class `model`, as problems with key paths and remedies."""
     problems: list[Problem] = []
     for finding in error.errors(include_url=False):
@@ -46,13 +50,14 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
         elif finding["type"] == "issue":
             problems.append(Problem(key_path(finding["loc"]), finding["msg"], context["found"], context["remedy"]))
         else:
-            problems.append(_plain_problem(finding, model))
+            problems.append(_plain_problem(finding, model, parts))
     return problems
 
 
-def _plain_problem(finding: Mapping[str, Any], model: type[BaseModel]) -> Problem:
+def _plain_problem(finding: Mapping[str, Any], model: type[BaseModel], parts: Parts) -> Problem:
     location = finding["loc"]
-    owner = _owner(model, location)
+    # under subjects[i] a key is a subject's
+    owner = parts.get(str(location[0]), model) if len(location) > 2 else model
     if finding["type"] == "extra_forbidden":
         return Problem(
             key_path(location), "unknown key", short(finding["input"]), nearest(str(location[-1]), owner.model_fields)
@@ -65,13 +70,6 @@ def _plain_problem(finding: Mapping[str, Any], model: type[BaseModel]) -> Proble
     remedy = f"expected: {described}" if described else "write it as in examples/"
     message = finding["msg"][:1].lower() + finding["msg"][1:]
     return Problem(key_path(location), message, short(finding["input"]), remedy)
-
-
-def _owner(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
-    """The document class whose key the location names: Subject under subjects[i], else the scene."""
-    from attnctrl.scene import Subject
-
-    return Subject if len(location) > 2 and location[0] == "subjects" else model
 
 
 def control_problems(entries: Sequence[Mapping[str, Any]], placed: bool) -> list[Problem]:

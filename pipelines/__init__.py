@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from attnctrl.pipelines.scene import ScenePicture, ScenePipeline, Settings
+from typing import Any
 
-__all__ = ["ScenePicture", "ScenePipeline", "Settings"]
+from attnctrl.pipelines.base import ScenePicture
+from attnctrl.pipelines.layout import LayoutPipeline, Subject
+from attnctrl.pipelines.scene import ScenePipeline
+from attnctrl.pipelines.settings import Settings
+
+__all__ = ["LayoutPipeline", "ScenePicture", "ScenePipeline", "Settings", "Subject", "with_references"]
+
+
+def __getattr__(name: str) -> Any:
+    # imports torch
+    if name != "with_references":
+        raise AttributeError(f"module 'attnctrl.pipelines' has no attribute '{name}'")
+    from attnctrl.pipelines.references import with_references
+
+    return with_references

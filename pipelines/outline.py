@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnctrl.pipelines.base import PIPELINES
 from attnctrl.pipelines.models import Model
-from attnctrl.pipelines.scene import PIPELINES
 from attnctrl.pipelines.settings import Canvas, Settings, settings_of
 
 from attnctrl.errors import AssetError, UnsupportedModelError
@@ -113,18 +113,17 @@ class Outline:
         return list(run_levels(scheduler)[1])
 
     def references(self, scene: Scene, settings: Settings) -> list[tuple[int, int]]:
-        """(rows, columns) of tokens of the scene's reference picture, as Kontext would resize it."""
-        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+        """(rows, columns) of tokens of the scene's reference pictures, as Kontext would resize them."""
+        from attnctrl.pipelines.references import MAX_PIXELS, reference_size
 
-        picture = scene.reference()
-        if picture is None:
-            return []
-        width, height = picture.size
-        if settings.auto_resize:
-            proportion = width / height
-            _, width, height = min((abs(proportion - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         token = 2 * self.canvas.vae_scale_factor
-        return [(height // token, width // token)]
+        sizes = [
+            reference_size(
+                picture.size, token, scene.reference_pixels or MAX_PIXELS, settings.auto_resize, f"reference {k}"
+            )
+            for k, picture in enumerate(scene.references())
+        ]
+        return [(height // token, width // token) for width, height in sizes]
 
 
 def _parts(source: str, index: dict[str, Any]) -> dict[str, Any]:

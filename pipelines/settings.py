@@ -30,7 +30,7 @@ class Settings:
     width: int
     height: int
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None
     true_cfg_scale: float | None
     max_sequence_length: int | None
     auto_resize: bool
@@ -38,7 +38,7 @@ class Settings:
     @property
     def guided(self) -> bool:
         """The run has a second forward, or half of the batch, for the negative prompt."""
-        return (self.guidance_scale if self.true_cfg_scale is None else self.true_cfg_scale) > 1
+        return ((self.guidance_scale if self.true_cfg_scale is None else self.true_cfg_scale) or 0.0) > 1
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,7 @@ def settings_of(scene: Scene, defaults: Mapping[str, Any], canvas: Canvas) -> Se
     return settings
 
 
-def _first(value: float | None, default: Any) -> float:
-    return float(default) if value is None else value
+def _first(value: float | None, default: float | None) -> float | None:
+    if value is not None:
+        return value
+    return None if default is None else float(default)

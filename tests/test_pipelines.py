@@ -174,6 +174,32 @@ def test_kontext_without_control_is_plain_kontext(pipe, with_reference):
     assert (pixels(ours) == np.asarray(plain)).all()
 
 
+def test_several_references_come_in_and_each_belongs_to_its_subject(pipe, folder):
+    for name, color in (("r.png", (255, 0, 0)), ("b.png", (0, 0, 255))):
+        Image.new("RGB", (24, 16), color).save(folder / name)
+
+    def drawn(left, right, **keys):
+        subjects = [
+            {"prompt": "a red circle", "box": [0, 0, 0.5, 1], "reference": left},
+            {"prompt": "a blue square", "box": [0.5, 0, 1, 1], "reference": right},
+        ]
+        return pipe(load_scene(folder / "pair.yaml").replace(subjects=subjects, **keys))[0]
+
+    picture = drawn("r.png", "b.png")
+    assert "warning" not in picture.report
+    assert (pixels(picture) != pixels(drawn("b.png", "r.png"))).mean() > 0.3
+    assert (pixels(picture) != pixels(drawn("r.png", "b.png", reference_positions="region"))).mean() > 0.3
+    assert (pixels(picture) != pixels(drawn("r.png", "b.png", reference_pixels=64))).mean() > 0.3
+    path = picture.save(folder / "saved.png")
+    scene, _ = provenance.restore(path)
+    assert (pixels(pipe(scene)[0]) == pixels(picture)).all()
+    outline = Outline.of(find_model(str(folder / "tiny")))
+    tokens = outline.explain(scene).to_dict()["scenes"][0][0]["tokens"]
+    assert (tokens["reference.0"], tokens["reference.1"]) == (6, 6)
+    shrunk = outline.explain(scene.replace(reference_pixels=64)).to_dict()["scenes"][0][0]["tokens"]
+    assert (shrunk["reference.0"], shrunk["reference.1"]) == (1, 1)
+
+
 @pytest.mark.parametrize(("width", "height"), [(64, 32), (40, 72), (8, 64)])
 def test_kontext_keeps_the_size_asked_for(pipe, with_reference, width, height):
     scene = with_reference((0, 0, 0)).replace(width=width, height=height, steps=1)
@@ -233,7 +259,10 @@ def test_from_pipe_leaves_the_pipeline_as_it_is(pipe, scene, folder):
 
 
 def test_other_pipelines_are_refused(pipe):
-    with pytest.raises(UnsupportedModelError, match="found FluxTransformer2DModel; load one of these"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"ScenePipeline runs on FluxPipeline, .*found FluxTransformer2DModel; load one of these",
+    ):
         ScenePipeline.from_pipe(pipe.pipe.transformer)
 
 

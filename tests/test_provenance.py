@@ -48,7 +48,7 @@ def test_a_picture_brings_its_scene_and_files_back(tmp_path, named):
     assert again.to_dict() == {**scene.to_dict(), "seed": 41}
     assert (told["seed"], told["controlled"], told["format"]) == (41, False, 1)
     assert again.regions()[0].mask.tolist() == [[1, 0]]
-    assert again.reference().tobytes() == scene.reference().tobytes()
+    assert again.references()[0].tobytes() == scene.references()[0].tobytes()
 
 
 def test_equal_records_give_equal_bytes_in_any_order(named):
@@ -75,7 +75,7 @@ def test_what_is_too_large_is_recorded_by_digest_and_must_be_the_same_file(tmp_p
     with pytest.raises(SceneError, match=r"'r.png' is too large to be in the picture and not beside it"):
         provenance.restore(path)
     (tmp_path / "r.png").write_bytes(named["r.png"])
-    assert provenance.restore(path)[0].reference().tobytes() == scene.reference().tobytes()
+    assert provenance.restore(path)[0].references()[0].tobytes() == scene.references()[0].tobytes()
     (tmp_path / "r.png").write_bytes(png([[1]]))
     with pytest.raises(SceneError, match=r"'r.png' is not the file the picture was made with"):
         provenance.restore(path)

@@ -30,17 +30,31 @@ def test_masks_are_white_inside(tmp_path):
 def test_the_reference_is_read_and_bound_to_its_subject(tmp_path):
     Image.new("RGBA", (5, 4), (9, 8, 7, 255)).save(tmp_path / "r.png")
     scene = load_scene(write(tmp_path, {**BASE, "subjects": [RIGHT, {**LEFT, "reference": "r.png"}]}))
-    picture = scene.reference()
+    (picture,) = scene.references()
     assert (picture.mode, picture.size, picture.getpixel((4, 3))) == ("RGB", (5, 4), (9, 8, 7))
     assert [region.reference for region in scene.regions()] == [None, 0]
-    assert load_scene(write(tmp_path, BASE)).reference() is None
+    assert load_scene(write(tmp_path, BASE)).references() == []
 
 
-def test_more_than_one_reference_is_refused():
-    pair = [{"prompt": "a", "reference": "a.png"}, {"prompt": "b", "reference": "b.png"}]
-    text = refusal({**BASE, "subjects": pair})
-    assert "one reference picture at most" in text
-    assert "subjects[0].reference, subjects[1].reference" in text
+def test_several_references_are_counted_in_the_order_of_their_subjects(tmp_path):
+    for name, color in (("a.png", (255, 0, 0)), ("b.png", (0, 0, 255))):
+        Image.new("RGB", (4, 4), color).save(tmp_path / name)
+    subjects = [
+        {**LEFT, "reference": "b.png"},
+        RIGHT,
+        {"prompt": "x", "reference": "a.png"},
+        {"prompt": "y", "box": [0, 0, 1, 1], "reference": "a.png"},
+    ]
+    scene = load_scene(write(tmp_path, {**BASE, "subjects": subjects}))
+    assert [picture.getpixel((0, 0)) for picture in scene.references()] == [(0, 0, 255), (255, 0, 0), (255, 0, 0)]
+    # the one without a place belongs to no region
+    assert [region.reference for region in scene.regions()] == [0, None, 2]
+
+
+def test_more_references_than_eight_are_refused():
+    subjects = [{"prompt": "a", "reference": f"{i}.png"} for i in range(9)]
+    text = refusal({**BASE, "subjects": subjects})
+    assert "a scene takes 8 reference pictures at most; found 9 (subjects[0].reference, subjects[1].reference" in text
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _text(
     unplaced: list[str],
     explanation: Explanation,
 ) -> str:
-    guidance = f"guidance {settings.guidance_scale:g}"
+    guidance = "no guidance" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}"
     if settings.true_cfg_scale is not None:
         guidance += f", true CFG {settings.true_cfg_scale:g}"
     size = f"{settings.width} x {settings.height}"

@@ -49,8 +49,8 @@ class Runner:
         """
         import torch
 
+        from attnctrl.pipelines.base import best_device
         from attnctrl.pipelines.models import find_model, load_pipeline
-        from attnctrl.pipelines.scene import best_device
 
         found, device = find_model(model), best_device()
         pipe = load_pipeline(found, torch.float32 if device == "cpu" else torch.bfloat16, device)

@@ -1,0 +1,308 @@
+"""Layouts in Python: subjects with boxes, masks and reference pictures, several layouts in one call of the pipeline.
+
+pipe = LayoutPipeline.from_pretrained("toy-flux")
+cat = Subject("a red circle", box=(0.05, 0.25, 0.45, 0.75), reference="cat.png")
+pipe("a red circle and a blue square", [cat, Subject("a blue square", box=(0.55, 0.25, 0.95, 0.75))])[0].save("p.png")
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from attnctrl.pipelines.base import NATIVE, PIPELINES, Progress, ScenePicture, Wrapper, stock_name
+
+from attnctrl.errors import AssetError, ControlError, LayoutError, SceneError, UnsupportedModelError
+from attnctrl.scene import MAX_SEED, Scene
+from attnctrl.scenefile import MAX_PICTURE_BYTES, FileRefused, SceneMemory, read_bounded
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnctrl.controls import Control
+    from attnctrl.region import Overlap, Region
+
+__all__ = ["LayoutPipeline", "Subject"]
+
+_SIDE = 512  # rows and columns on which the place of subjects without one is drawn
+_WITHOUT = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One thing in the picture.
+
+    Attributes:
+        prompt: what it is, in words.
+        box: (x0, y0, x1, y1) as shares of width and height in [0, 1].
+        mask: instead of a box, its place: PIL picture, path, array or tensor [H, W]; lighter than half is inside.
+        reference: picture of what it looks like, PIL or path. With neither box nor mask, its place is what no box and
+            no mask of the layout covers.
+        strength: in [0, 1]; 0 is not there.
+        name: in reports and errors.
+    """
+
+    prompt: str
+    box: Sequence[float] | None = None
+    mask: Any = None
+    reference: Any = None
+    strength: float = 1.0
+    name: str | None = None
+
+
+class LayoutPipeline(Wrapper):
+    """Draws layouts on a pipeline, the user's own or one loaded by name. The pipeline stays what it is."""
+
+    runs_on = (*PIPELINES, *NATIVE)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        subjects: Sequence[Subject] | Sequence[Sequence[Subject]] = (),
+        background: str | Sequence[str | None] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        preset: str = "default",
+        controls: Sequence[Control] | Callable[[list[list[Region]]], Sequence[Control]] | None = None,
+        overlap: Overlap = "union",
+        reference_positions: Literal["corner", "region", "apart"] = "corner",
+        reference_pixels: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[ScenePicture]:
+        """Pictures of one layout, or of several in one batch: those of the first prompt, then those of the second.
+
+        Args:
+            prompt: the whole picture, in words; or one per layout, then with one list of subjects each.
+            subjects: what stands where.
+            background: what is outside all boxes and masks; one text for all layouts, or one for each.
+            negative_prompt: what guidance moves away from; one for all, or one for each.
+            preset: name of a stack of controls, see `attnctrl.pipelines.layout_presets`.
+            controls: instead of a preset: a list (its `Regions` hold what they hold), or a function of the regions of
+                each layout; [] for none.
+            overlap: what becomes of tokens in several places, for presets.
+            reference_positions, reference_pixels: see `attnctrl.pipelines.with_references`.
+            width, height, num_inference_steps, guidance_scale, true_cfg_scale: the model's own where left out.
+            num_images_per_prompt: pictures of each layout.
+            generator: gives the seeds of the pictures; a list gives one of each.
+            seeds: of the pictures: the first, from which they count up (0 if left out), or all of them.
+            progress: called after every step with (steps done, steps in all).
+
+        Raises:
+            SceneError: a layout asks for what cannot be, or for what the model cannot do.
+            AssetError: a mask or reference cannot be read.
+            ControlError: an unknown preset, or numbers of things that do not fit together.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        layouts = _per_prompt(subjects, len(prompts), "subjects", Subject, isinstance(prompt, str))
+        grounds = _per_text(background, len(prompts), "background")
+        negatives = _per_text(negative_prompt, len(prompts), "negative_prompt")
+        common = {
+            "version": 1,
+            "width": width,
+            "height": height,
+            "steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "true_cfg_scale": true_cfg_scale,
+            "reference_positions": reference_positions,
+            "reference_pixels": reference_pixels,
+        }
+        scenes = [
+            _scene(
+                {**common, "prompt": text, "negative_prompt": negative or "", "background": ground}, own, f"layout {i}"
+            )
+            for i, (text, own, ground, negative) in enumerate(zip(prompts, layouts, grounds, negatives, strict=True))
+        ]
+        self._check_texts(scenes)
+        if any(scene.references() for scene in scenes) and stock_name(self.pipe, _WITHOUT):
+            able = ", ".join(name for name in self.runs_on if name not in _WITHOUT)
+            raise UnsupportedModelError(
+                f"reference: {type(self.pipe).__name__} follows no reference picture; leave references out, or load "
+                f"one of {able}."
+            )
+        acting = _controls(preset, controls, [scene.regions() for scene in scenes], overlap)
+        entries = [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
+        scenes = [scene.replace(controls=entries) if scene.regions() else scene for scene in scenes]
+        numbers = _seeds(seeds, generator, len(prompts), num_images_per_prompt)
+        return self.draw(scenes, numbers, acting, bool(acting), progress)
+
+    def _check_texts(self, scenes: Sequence[Scene]) -> None:
+        """Raises `SceneError` for texts that the model would cut off."""
+        from attnctrl.attach import parts_of
+        from attnctrl.families import family_of
+
+        if stock_name(self.pipe, PIPELINES) is None:
+            return  # texts in chat templates are cut by the pipelines' own rules
+        family = family_of(parts_of(self.pipe)[0])
+        found = [getattr(self.pipe, reader.tokenizer, None) for reader in family.readers]
+        tokenizer = next(one for one in reversed(found) if one is not None)
+        limit = min(self.settings(scenes[0]).max_sequence_length or MAX_SEED, int(tokenizer.model_max_length))
+        for i, scene in enumerate(scenes):
+            texts = [scene.prompt, scene.negative_prompt, *(region.prompt for region in scene.regions())]
+            for text in texts:
+                tokens = len(tokenizer(text).input_ids)
+                if tokens > limit:
+                    raise SceneError(
+                        f"layout {i}: '{text[:60]}' has {tokens} tokens, and this model reads {limit}; shorten it."
+                    )
+
+
+def _scene(keys: dict[str, Any], subjects: Sequence[Subject], label: str) -> Scene:
+    """The layout as a scene, with its masks and references as files in memory."""
+    from attnctrl.sceneplaces import outside_of
+
+    files: dict[str, bytes] = {}
+    entries, masks = [], []
+    for i, subject in enumerate(subjects):
+        where = f"{label}, subjects[{i}]"
+        entry: dict[str, Any] = {"prompt": subject.prompt, "name": subject.name, "strength": subject.strength}
+        if subject.box is not None:
+            entry["box"] = [float(value) for value in subject.box]
+        if subject.mask is not None:
+            masks.append((i, _mask(subject.mask, f"{where}.mask")))
+            entry["mask"], files[f"mask-{i}.png"] = f"mask-{i}.png", _png(masks[-1][1])
+        if subject.reference is not None:
+            entry["reference"], files[f"reference-{i}.png"] = f"reference-{i}.png", _file(subject.reference, where)
+        entries.append(entry)
+    if loose := [entry for entry in entries if "reference" in entry and not {"box", "mask"} & entry.keys()]:
+        places = [*(tuple(one["box"]) for one in entries if "box" in one), *(_array(mask) for _, mask in masks)]
+        rest = outside_of(places, (keys["height"] or _SIDE, keys["width"] or _SIDE))
+        if not rest.any():
+            raise SceneError(
+                f"{label}: '{loose[0]['prompt']}' has a reference and no place, and boxes and masks leave none; give "
+                "it a box, or make room."
+            )
+        files["outside.png"] = _png(_picture_of(rest))
+        for entry in loose:
+            entry["mask"] = "outside.png"
+    return Scene.from_dict({**keys, "subjects": entries}, SceneMemory(files), label)
+
+
+def _mask(mask: Any, label: str) -> Any:
+    """A mask as a grey picture."""
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(mask, (str, Path)):
+        return _opened(_bytes(mask, label), label).convert("L")
+    if isinstance(mask, Image.Image):
+        return mask.convert("L")
+    from attnctrl.region import Region
+
+    try:
+        share = Region(mask=mask, name=label).mask
+    except LayoutError as error:
+        raise SceneError(str(error)) from error
+    return Image.fromarray((np.asarray(share) * 255).round().astype(np.uint8))
+
+
+def _array(mask: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(mask) >= 128
+
+
+def _picture_of(inside: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(inside.astype(np.uint8) * 255)
+
+
+def _opened(data: bytes, label: str) -> Any:
+    from attnctrl.scenefile import decode_picture
+
+    try:
+        return decode_picture(data)
+    except FileRefused as error:
+        raise AssetError(f"{label}: {error}; {error.remedy}.") from error
+
+
+def _bytes(path: str | Path, label: str) -> bytes:
+    try:
+        return read_bounded(Path(path), MAX_PICTURE_BYTES)
+    except FileRefused as error:
+        raise AssetError(f"{label}: {error}; {error.remedy}.") from error
+
+
+def _file(picture: Any, label: str) -> bytes:
+    """A reference as the bytes of a picture file."""
+    from attnctrl.pipelines.references import load_reference
+
+    if isinstance(picture, (str, Path)):
+        data = _bytes(picture, f"{label}.reference")
+        _opened(data, f"{label}.reference")
+        return data
+    return _png(load_reference(picture, f"{label}.reference"))
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _controls(preset: str, controls: Any, regions: list[list[Region]], overlap: Overlap) -> list[Control]:
+    from attnctrl.pipelines.layout_presets import PRESETS
+
+    from attnctrl.attach import as_controls
+
+    if controls is not None:
+        return list(as_controls(controls(regions) if callable(controls) else controls))
+    if preset not in PRESETS:
+        raise ControlError(f"preset must be one of {', '.join(PRESETS)}; found {preset!r}.")
+    return PRESETS[preset](regions, overlap) if any(regions) else []
+
+
+def _seeds(seeds: Any, generator: Any, layouts: int, images: int) -> list[list[int]]:
+    """Of each picture, layout by layout.
+
+    Raises:
+        ControlError: both are given, or their number is not that of the pictures.
+        SceneError: a seed that no scene could hold.
+    """
+    import torch
+
+    count = layouts * images
+    if count < 1:
+        raise ControlError(f"num_images_per_prompt must be at least 1; found {images}.")
+    if seeds is not None and generator is not None:
+        raise ControlError("Give seeds or a generator, not both.")
+    if generator is not None:
+        sources = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+        found = [int(torch.randint(MAX_SEED, (1,), generator=one, device=one.device)) for one in sources]
+    elif seeds is None or isinstance(seeds, int):
+        found = [(seeds or 0) + i for i in range(count)]
+    else:
+        found = [int(seed) for seed in seeds]
+    if len(found) != count:
+        raise ControlError(f"{layouts} layouts with {images} pictures each need {count} seeds; found {len(found)}.")
+    if wrong := [seed for seed in found if not 0 <= seed <= MAX_SEED]:
+        raise SceneError(f"seed: must be in 0 .. {MAX_SEED}; found {wrong[0]}; take another one.")
+    return [found[i * images : (i + 1) * images] for i in range(layouts)]
+
+
+def _per_prompt(values: Sequence[Any], count: int, name: str, kind: type, single: bool) -> list[list[Any]]:
+    nested = [list(one) for one in values if not isinstance(one, kind)]
+    if single and not nested:
+        return [list(values)]
+    if len(nested) != len(values) or len(nested) != count:
+        raise ControlError(f"{count} prompts need {count} lists of {name}; found {len(values)} entries.")
+    return nested
+
+
+def _per_text(value: Any, count: int, name: str) -> list[Any]:
+    texts = [value] * count if value is None or isinstance(value, str) else list(value)
+    if len(texts) != count:
+        raise ControlError(f"{name}: {count} prompts need one text, or {count}; found {len(texts)}.")
+    return texts
