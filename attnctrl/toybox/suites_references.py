@@ -14,9 +14,9 @@ from attnctrl.metrics.layout import Box
 
 from . import world
 from .data import REFERENCE_SIZE
+from .detect import color_detections
 from .embed import identity_embedding
 from .scorer import Expected, match, read_picture
-from .scorer_color import COLOR_NAMES
 from .suite import Images, Picture, Suite
 from .suites_layout import told_share
 
@@ -77,9 +77,9 @@ def values(task: Task, images: Images, plain: Images) -> dict[str, float]:
         scores["identity_similarity"].append(alike)
         scores["color"].append(found is not None and found.color == subject.color)
         scores["shape"].append(found is not None and found.shape == subject.shape)
-        wanted = [COLOR_NAMES.index(subject.color)]
-        ratios["inclusion_ratio"].append(inclusion_ratio(reading.colors, [box], wanted))
-        ratios["fill_ratio"].append(fill_ratio(reading.colors, [box], wanted))
+        seen = color_detections(reading.colors, [subject.color])
+        ratios["inclusion_ratio"].append(inclusion_ratio(seen, [box]))
+        ratios["fill_ratio"].append(fill_ratio(seen, [box]))
     return {
         **{name: float(np.mean(one)) for name, one in (scores | ratios).items()},
         "leak": 1 - background_similarity(images[0], images[1], [box]),
