@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["Grid", "Overlap", "Region", "by", "coverage", "labels", "membership"]
+__all__ = ["Grid", "Overlap", "Region", "by", "centre", "coverage", "labels", "membership"]
 
 Overlap = Literal["union", "priority", "background"]
 Grid = tuple[int, ...]
@@ -155,6 +155,16 @@ def coverage(region: Region, grid: Grid) -> Tensor:
         return rows @ mask @ columns.T
     x0, y0, x1, y1 = region.box or (0.0, 0.0, 1.0, 1.0)
     return torch.outer(_overlap(y0 * height, y1 * height, height), _overlap(x0 * width, x1 * width, width))
+
+
+def centre(region: Region) -> tuple[float, float]:
+    """(x, y) of a region's middle as shares of the picture: of its box, or the centre of gravity of its mask."""
+    if region.mask is not None:
+        mask = region.mask.to(torch.float64)
+        rows, columns = ((torch.arange(side, dtype=torch.float64) + 0.5) / side for side in mask.shape)
+        return float(mask.sum(0) @ columns / mask.sum()), float(mask.sum(1) @ rows / mask.sum())
+    x0, y0, x1, y1 = region.box or (0.0, 0.0, 1.0, 1.0)
+    return (x0 + x1) / 2, (y0 + y1) / 2
 
 
 def _overlap(start: float, stop: float, cells: int) -> Tensor:

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attnctrl.pipelines.scene import ScenePicture, ScenePipeline, Settings
 
-__all__ = ["ScenePicture", "ScenePipeline", "Settings"]
+__all__ = ["ScenePicture", "ScenePipeline", "Settings", "with_references"]
+
+
+def __getattr__(name: str) -> Any:
+    # imports torch
+    if name != "with_references":
+        raise AttributeError(f"module 'attnctrl.pipelines' has no attribute '{name}'")
+    from attnctrl.pipelines.references import with_references
+
+    return with_references

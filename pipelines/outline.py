@@ -114,16 +114,13 @@ class Outline:
 
     def references(self, scene: Scene, settings: Settings) -> list[tuple[int, int]]:
         """(rows, columns) of tokens of the scene's reference picture, as Kontext would resize it."""
-        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+        from attnctrl.pipelines.references import reference_size
 
         picture = scene.reference()
         if picture is None:
             return []
-        width, height = picture.size
-        if settings.auto_resize:
-            proportion = width / height
-            _, width, height = min((abs(proportion - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         token = 2 * self.canvas.vae_scale_factor
+        width, height = reference_size(picture.size, token, auto_resize=settings.auto_resize)
         return [(height // token, width // token)]
 
 

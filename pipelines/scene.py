@@ -18,7 +18,7 @@ from attnctrl.pipelines.models import Model, find_model, load_pipeline, read_def
 from attnctrl.pipelines.settings import Canvas, Settings, settings_of
 
 from attnctrl import files, provenance
-from attnctrl.errors import SceneError, UnsupportedModelError
+from attnctrl.errors import LayoutError, SceneError, UnsupportedModelError
 from attnctrl.scene import MAX_SEED, Scene, is_model_name
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ class ScenePipeline:
 
         settings = self.settings(scene)
         reference = scene.reference()
-        pipe = self.pipe if reference is None else self._kontext()
+        pipe = self.pipe if reference is None else self._following(reference, settings)
         controls = scene.build_controls() if controlled else []
-        arguments = _arguments(pipe, scene, settings, reference)
+        arguments = _arguments(pipe, scene, settings)
         if progress is not None:
             arguments["callback_on_step_end"] = _callback(progress, settings.steps)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -163,20 +163,14 @@ class ScenePipeline:
             files={name: scene.read_file(name) for name in names},
         )
 
-    def _kontext(self) -> Any:
-        """The same modules, as a pipeline that takes a reference picture."""
-        from diffusers import FluxKontextPipeline, FluxPipeline
+    def _following(self, reference: Image.Image, settings: Settings) -> Any:
+        """The same modules, as a pipeline that follows a reference picture."""
+        from attnctrl.pipelines.references import with_references
 
-        if isinstance(self.pipe, FluxKontextPipeline):
-            return self.pipe
-        if not isinstance(self.pipe, FluxPipeline):
-            raise SceneError(
-                f"reference: {type(self.pipe).__name__} follows no reference picture; leave it out, or take "
-                "a FLUX Kontext model such as toy-flux."
-            )
-        pipe = FluxKontextPipeline(**self.pipe.components)
-        pipe.set_progress_bar_config(**getattr(self.pipe, "_progress_bar_config", {}))
-        return pipe
+        try:
+            return with_references(self.pipe, [reference], auto_resize=settings.auto_resize)
+        except (LayoutError, UnsupportedModelError) as error:
+            raise SceneError(f"reference: {error}") from error
 
     def _record(self, pipe: Any, scene: Scene, settings: Settings, seed: int, controlled: bool) -> dict[str, Any]:
         filled = {key: value for key, value in asdict(settings).items() if key in type(scene).model_fields}
@@ -187,7 +181,7 @@ class ScenePipeline:
             "seed": seed,
             "controlled": controlled,
             "model": self.identity,
-            "pipeline": type(pipe).__name__,
+            "pipeline": stock_name(pipe),
             "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(scheduler)},
             "settings": asdict(settings),
             "device": str(pipe._execution_device),
@@ -213,6 +207,11 @@ def canvas_of(pipe: Any) -> Canvas:
     return Canvas(type(pipe), pipe.vae_scale_factor, own * pipe.vae_scale_factor)
 
 
+def stock_name(pipe: Any) -> str:
+    """The one of `PIPELINES` that a pipeline is, or is made of."""
+    return next(base.__name__ for base in type(pipe).__mro__ if base.__name__ in PIPELINES)
+
+
 def _denoiser(pipe: Any) -> Any:
     return getattr(pipe, "transformer", None) or pipe.unet
 
@@ -225,7 +224,7 @@ def _checked(pipe: Any) -> Any:
     return pipe
 
 
-def _arguments(pipe: Any, scene: Scene, settings: Settings, reference: Image.Image | None) -> dict[str, Any]:
+def _arguments(pipe: Any, scene: Scene, settings: Settings) -> dict[str, Any]:
     from diffusers import FluxKontextPipeline
 
     arguments: dict[str, Any] = {
@@ -241,11 +240,7 @@ def _arguments(pipe: Any, scene: Scene, settings: Settings, reference: Image.Ima
     arguments = {name: value for name, value in arguments.items() if value is not None or name == "negative_prompt"}
     if isinstance(pipe, FluxKontextPipeline):
         # Kontext derives the size from an area and the proportions; this area gives exactly the size asked for.
-        arguments |= {
-            "max_area": settings.width * settings.height,
-            "_auto_resize": settings.auto_resize,
-            "image": reference,
-        }
+        arguments["max_area"] = settings.width * settings.height
     return arguments
 
 

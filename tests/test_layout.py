@@ -158,6 +158,15 @@ def ids(*pictures: tuple[int, int, int, int, int]) -> torch.Tensor:
         ([(1, 2, 2, 0, 0), (1, 2, 2, 0, 2)], [(2, 2), (2, 2)]),
         ([(1, 1, 1, 0, 0), (1, 1, 1, 0, 0)], [(1, 1), (1, 1)]),
         ([(1, 2, 2, 0, 0), (2, 2, 2, 2, 0)], [(2, 2), (2, 2)]),
+        # by fractions of tokens, also below the corner
+        ([(1, 2, 3, -0.5, 0.3), (1, 2, 3, -0.5, 0.3)], [(2, 3), (2, 3)]),
+        # the second begins below and right of the end of the first, or beside it, or under it
+        ([(1, 2, 2, 0, 0), (1, 3, 2, 4, 5)], [(2, 2), (3, 2)]),
+        ([(1, 2, 2, 0, 0), (1, 2, 2, 2, 2)], [(2, 2), (2, 2)]),
+        ([(1, 2, 2, 0, 0), (1, 2, 3, 2, 0)], [(2, 2), (2, 3)]),
+        ([(1, 2, 2, 0, 0), (1, 2, 2, 2, 1 / 64)], [(2, 2), (2, 2)]),
+        # edge to edge in order, they are one to whoever reads positions
+        ([(1, 2, 2, 0, 0), (1, 2, 2, 2, 0)], [(4, 2)]),
     ],
 )
 def test_flux_layout_from_ids(pictures: list[tuple[int, ...]], references: list[tuple[int, int]]) -> None:

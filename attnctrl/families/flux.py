@@ -15,10 +15,13 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Measures
-from ..region import Grid
+from ..region import Grid, by
 from ..rotary import Rotary
 from . import Arguments, Family, joint, stacks
 from .reader import Reader
+
+_SAME = 1e-3
+"""Positions nearer to each other than this, in tokens, are the same."""
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:
@@ -32,31 +35,46 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     tokens = arguments["hidden_states"].shape[1]
     if len(ids) != tokens:
         raise LayoutError(f"FLUX got {tokens} image tokens but img_ids for {len(ids)}.")
-    segments = _segments(ids.to(device="cpu", dtype=torch.int64))
-    if not segments or segments[0][0] != 0:
+    pictures = rasters(ids)
+    if not pictures or pictures[0][0] != 0:
         raise LayoutError("FLUX image ids begin with axis 0 = 0 for the latents; these img_ids do not.")
     text = arguments["encoder_hidden_states"].shape[1]
-    return Measures(text, segments[0][1], tuple(grid for _, grid in segments[1:]))
+    return Measures(text, pictures[0][1], tuple(grid for _, grid in pictures[1:]))
 
 
-def _segments(ids: Tensor) -> list[tuple[int, Grid]]:
-    """(axis 0, grid) of each picture: a new one starts where axis 0 changes or the raster order restarts."""
-    axis, row, column = ids[:, :3].unbind(-1)
-    later = (row[1:] > row[:-1]) | ((row[1:] == row[:-1]) & (column[1:] > column[:-1]))
-    cuts = (~later | (axis[1:] != axis[:-1])).nonzero().flatten() + 1
-    bounds = [0, *cuts.tolist(), len(ids)]
-    return [(int(axis[a]), _raster(row[a:b], column[a:b])) for a, b in pairwise(bounds)]
+def rasters(ids: Tensor) -> list[tuple[float, Grid]]:
+    """(axis 0, grid) of each picture in a sequence of ids [tokens, 3 or more], of which a row is (axis 0, row, column).
+
+    A picture is lines of one width, each a step below the last and beginning at its column; whatever goes on in another
+    way begins a new picture. Positions may be fractions. Two pictures that lie edge to edge as one would, in order, are
+    one.
+
+    Raises:
+        LayoutError: when latents (axis 0 = 0) are followed by more of their kind that no restart parts from them.
+    """
+    ids = ids[:, :3].to(device="cpu", dtype=torch.float64)
+    ahead = (ids[1:] - ids[:-1] - ids.new_tensor([0, 0, 1])).abs().amax(1) < _SAME
+    bounds = [0, *((~ahead).nonzero().flatten() + 1).tolist(), len(ids)]
+    pictures: list[tuple[list[float], Grid]] = []
+    for start, stop in pairwise(bounds):
+        first, width = ids[start].tolist(), stop - start
+        if pictures and _goes_on(*pictures[-1], first, width):
+            corner, (height, _) = pictures[-1]
+            pictures[-1] = corner, (height + 1, width)
+            continue
+        if pictures and first[0] == pictures[-1][0][0] == 0 and first > ids[start - 1].tolist():
+            raise LayoutError(
+                f"The img_ids of {len(ids)} tokens are no raster of rows and columns (a line of {width} follows "
+                f"{by(pictures[-1][1])} tokens); regions need a grid."
+            )
+        pictures.append((first, (1, width)))
+    return [(corner[0], grid) for corner, grid in pictures]
 
 
-def _raster(row: Tensor, column: Tensor) -> Grid:
-    height, width = int(row[-1] - row[0]) + 1, int(column[-1] - column[0]) + 1
-    expected = torch.cartesian_prod(torch.arange(height) + row[0], torch.arange(width) + column[0])
-    if height * width != len(row) or not torch.equal(expected, torch.stack([row, column], dim=-1)):
-        raise LayoutError(
-            f"The img_ids of {len(row)} tokens are no raster of rows and columns ({height} x {width}); regions need a "
-            "grid."
-        )
-    return height, width
+def _goes_on(corner: list[float], grid: Grid, first: list[float], width: int) -> bool:
+    """Whether a line of `width` tokens that begins at `first` is the next one of the picture `grid` at `corner`."""
+    below = (corner[0], corner[1] + grid[0], corner[2])
+    return width == grid[1] and all(abs(a - b) < _SAME for a, b in zip(below, first, strict=True))
 
 
 def append_text(arguments: Arguments, texts: Tensor) -> Arguments:
