@@ -30,7 +30,7 @@ def test_pixel_box_takes_pixels_by_their_centre():
 
 def red(count: int = 1) -> list[Detection | None]:
     """The first colours of COLORS as detections."""
-    return [Detection("colour", (0, 0, 1, 1), COLORS == index) for index in range(count)]
+    return [Detection("colour", (0, 0, 1, 1), np.equal(COLORS, index)) for index in range(count)]
 
 
 def test_inclusion_is_the_share_of_the_thing_that_is_inside():
