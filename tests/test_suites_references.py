@@ -103,6 +103,8 @@ def test_each_thing_that_goes_wrong_lowers_its_own_metric(task, count):
     moved = cast_values(cast, pair(cast, places=[*range(1, count), 0]), right)
     assert moved["inclusion_ratio"] < 0.01
     assert moved["fill_ratio"] < 0.01
+    # what either picture shows of the things is no ground
+    assert moved["background_similarity"] > 0.99
     assert moved["identity_similarity"] == pytest.approx(full["identity_similarity"], abs=0.03)
     # one of the things is left out of both pictures
     few = replace(cast, subjects=cast.subjects[:-1], places=cast.places[:-1], replaced=0)

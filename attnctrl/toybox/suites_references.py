@@ -40,7 +40,8 @@ _PLACES: dict[int, tuple[str, ...]] = {
 }
 """Where several things go: they share the whole canvas, in the same places in all tasks."""
 COUNTS = (1, *_PLACES)
-CONTROLS: Fields = {"isolate": {"window": (0.0, 0.5)}, "regions": {}}
+CONTROLS: Fields = {"isolate": {}, "regions": {}}
+"""What acts: isolation to the end. A reference belongs to one region, so regions that see each other mix references."""
 POSITIONS: Positions = "corner"
 
 
