@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from attnctrl.toybox import suites_guidance as guidance
-from attnctrl.toybox import suites_references as references
 from attnctrl.toybox import suites_sets as sets
 from attnctrl.toybox import world
 from attnctrl.toybox.models.flux import tiny_pipeline
@@ -89,36 +88,6 @@ def test_reposition_tells_distances_and_scale_apart():
     ]
 
 
-def shown(task: references.Task, subject: world.WorldSubject, background: str | None = None) -> np.ndarray:
-    x = {"left": 0.27, "right": 0.73}[task.place]
-    placed = replace(subject, x=x, radius=0.2)
-    return world.render(world.WorldScene((placed,), background or task.background)).image
-
-
-def test_a_reference_that_comes_in_where_told_scores_full():
-    task, _ = references.REFERENCES.task("test", 2)
-    assert task.prompt == f"this thing {task.place}, {task.background} background"
-    first, second = references.REFERENCES.pictures(task, 5)
-    assert first.prompt == second.prompt
-    assert first.seed == second.seed == 5
-    assert first.reference.shape == (48, 48, 3)
-    assert (first.reference != second.reference).any()
-    images = [shown(task, task.subject), shown(task, task.other)]
-    values = references.values(task, images, images)
-    assert set(values) == set(references.REFERENCES.better)
-    assert values["identity_similarity"] > 0.85
-    assert [values[n] for n in ("color", "shape", "background_similarity")] == [1, 1, 1]
-    assert values["inclusion_ratio"] > 0.99
-    assert values["leak"] == pytest.approx(0, abs=1e-3)
-    assert references.fidelity(task, images) == 1
-    # the other half changes with the reference: a leak
-    grounds = [name for name in world.BACKGROUNDS if name != task.background]
-    leaking = [images[0], shown(task, task.other, grounds[0])]
-    assert references.values(task, leaking, images)["leak"] > 0.05
-    ignored = [images[0], images[0]]
-    assert references.values(task, ignored, images)["color"] == 0.5
-
-
 def test_guidance_is_measured_against_renders():
     tasks = [guidance.GUIDANCE.task("test", index)[0] for index in range(12)]
     assert {len(task.expected) for task in tasks} == {1, 2}
@@ -139,7 +108,7 @@ def test_guidance_is_measured_against_renders():
     assert guidance.values(tasks[0], doubled, doubled)["binding"] < 1
 
 
-@pytest.mark.parametrize("name", ["subjects", "style", "reposition", "references", "guidance"])
+@pytest.mark.parametrize("name", ["subjects", "style", "reposition", "guidance"])
 def test_each_suite_runs_on_a_pipeline(name):
     runner = Runner(tiny_pipeline(), size=(64, 64), steps=1, batch=5)
     found = measure(PAIRED[name], runner, "tiny", 2, None, Options(rows=True))
@@ -147,13 +116,3 @@ def test_each_suite_runs_on_a_pipeline(name):
     assert all(entry["controlled"] is None for entry in found["metrics"].values())
     assert len(found["rows"]) == 2
     assert all(np.isfinite(entry["vanilla"]) for entry in found["metrics"].values())
-
-
-def test_references_need_a_model_that_follows_them():
-    import tiny_pipes
-
-    from attnctrl.errors import UnsupportedModelError
-
-    runner = Runner(tiny_pipes.sd(), size=(16, 16), steps=1)
-    with pytest.raises(UnsupportedModelError, match="shown to FLUX Kontext; found StableDiffusionPipeline"):
-        measure(PAIRED["references"], runner, "tiny", 1)

@@ -1,14 +1,20 @@
-"""What can be measured on pictures, and how results are compared: pure functions on arrays."""
+"""What can be measured on pictures, and how results are compared: functions on arrays and on what detectors find."""
 
 from __future__ import annotations
 
 from .consistency import auc, auc_metric, identity_similarity, set_consistency
-from .layout import background_similarity, fill_ratio, inclusion_ratio, pixel_box, seam
+from .detections import Detector, Embed, Wanted, assign, measure_layout
+from .layout import Detection, background_similarity, fill_ratio, inclusion_ratio, pixel_box, seam
 from .stats import Interval, Metric, bootstrap_interval, metric, paired_interval, result
 
 __all__ = [
+    "Detection",
+    "Detector",
+    "Embed",
     "Interval",
     "Metric",
+    "Wanted",
+    "assign",
     "auc",
     "auc_metric",
     "background_similarity",
@@ -16,6 +22,7 @@ __all__ = [
     "fill_ratio",
     "identity_similarity",
     "inclusion_ratio",
+    "measure_layout",
     "metric",
     "paired_interval",
     "pixel_box",

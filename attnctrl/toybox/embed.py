@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
+from ..metrics.layout import mask_box
 from . import world
 from .scorer import Found, Reading
 from .scorer_color import COLOR_NAMES, light_share, opponent
@@ -81,7 +82,7 @@ def _shape(mask: np.ndarray) -> np.ndarray:
 
 def _silhouette(mask: np.ndarray) -> np.ndarray:
     """The mask in a square around its box, resampled; inside +0.5, outside -0.5."""
-    x0, y0, x1, y1 = np.array(world.mask_box(mask)) * np.tile(mask.shape[::-1], 2)
+    x0, y0, x1, y1 = np.array(mask_box(mask)) * np.tile(mask.shape[::-1], 2)
     side = max(x1 - x0, y1 - y0) / _SIDE
     offsets = (np.arange(_SIDE) + 0.5 - _SIDE / 2) * side - 0.5
     rows, columns = np.meshgrid((y0 + y1) / 2 + offsets, (x0 + x1) / 2 + offsets, indexing="ij")

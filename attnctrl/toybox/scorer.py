@@ -13,10 +13,11 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
+from ..metrics.layout import mask_box
 from .scorer_color import COLOR_NAMES, Classes, classify
 from .scorer_shape import fit_patterns, fit_shapes
 from .scorer_style import Evidence, Style, measure_style, read_style
-from .world import SHAPES, mask_box
+from .world import SHAPES
 
 MIN_AREA = 0.006
 """Smallest subject, as a share of the picture; the smallest star the world draws (radius 0.12) covers 0.0198."""

@@ -22,7 +22,7 @@ from attnctrl.metrics.memory import peak_bytes
 from attnctrl.metrics.stats import Better, Metric
 from attnctrl.region import Region
 
-from .suites_run import Counter, Progress, Runner
+from .suites_run import Counter, Positions, Progress, Runner
 
 Split = Literal["test", "tune"]
 Fields = Mapping[str, Mapping[str, Any]]
@@ -40,12 +40,17 @@ COMMON: Mapping[str, Better] = {"prompt_fidelity": "higher", "diversity": "highe
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a task: what to draw, from which seed, where, and the reference picture that it is shown."""
+    """One picture of a task: what to draw, from which seed, where, and the reference pictures that it is shown.
+
+    `positions` is where the model finds the references under control, see `attnctrl.pipelines.references`; without, it
+    finds them at the corner, as stock Kontext does.
+    """
 
     prompt: str
     seed: int
     regions: Sequence[Region] = ()
-    reference: np.ndarray | None = None
+    references: Sequence[np.ndarray] = ()
+    positions: Positions = "corner"
 
 
 @dataclass(frozen=True)
@@ -196,44 +201,56 @@ def _draw(
     runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, tick: Callable[[int], None]
 ) -> list[Images]:
     """Images of each task."""
-    flat = [one for pictures in wanted for one in pictures]
-
-    def around(start: int, stop: int) -> Any:
-        return attnctrl.attach(runner.pipe, build_controls(fields, flat[start:stop]))
-
+    images = _pictures(runner, [one for pictures in wanted for one in pictures], fields, tick, len(wanted))
     each = len(wanted[0])
-    whole = runner.with_batch(max(each, runner.batch // each * each))
-    images = _pictures(whole, flat, around if fields else None, tick)
     return [images[at : at + each] for at in range(0, len(images), each)]
 
 
-def _pictures(runner: Runner, wanted: Sequence[Picture], around: Any, done: Any = None) -> list[np.ndarray]:
-    shown = [one.reference for one in wanted if one.reference is not None]
-    return runner.draw([one.prompt for one in wanted], [one.seed for one in wanted], around, done, shown or None)
+def _pictures(
+    runner: Runner, wanted: Sequence[Picture], fields: Fields, done: Any = None, tasks: int = 1
+) -> list[np.ndarray]:
+    """Images of the pictures of so many tasks. Pictures of a task that show equally many references share a batch."""
+    images: dict[int, np.ndarray] = {}
+    for count in sorted({len(one.references) for one in wanted}):
+        places = [index for index, one in enumerate(wanted) if len(one.references) == count]
+        alike, each = [wanted[index] for index in places], len(places) // tasks
+        whole = runner.with_batch(max(each, runner.batch // each * each))
+        images |= zip(places, _alike(whole, alike, fields, done), strict=True)
+    return [images[index] for index in range(len(wanted))]
+
+
+def _alike(runner: Runner, wanted: Sequence[Picture], fields: Fields, done: Any) -> list[np.ndarray]:
+    """Images of pictures with equally many references."""
+
+    def around(start: int, stop: int) -> Any:
+        return attnctrl.attach(runner.pipe, build_controls(fields, wanted[start:stop]))
+
+    def shown(start: int, stop: int) -> Any:
+        part = wanted[start:stop]
+        positions = part[0].positions if fields else "corner"
+        return runner.showing([one.references for one in part], positions, [one.regions for one in part])
+
+    prompts, seeds = [one.prompt for one in wanted], [one.seed for one in wanted]
+    return runner.draw(prompts, seeds, around if fields else None, done, shown if wanted[0].references else None)
 
 
 def time_ratio(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, repeats: int = 5) -> float:
     """Seconds of a batch of pictures of four steps, with control over without: medians of an interleaved run."""
     pictures = [one for task in wanted for one in task][: runner.batch]
     short = runner.with_steps(4)
-
-    def around(_start: int, _stop: int) -> Any:
-        return attnctrl.attach(runner.pipe, build_controls(fields, pictures))
-
-    calls = {"plain": lambda: _pictures(short, pictures, None), "steered": lambda: _pictures(short, pictures, around)}
+    calls = {"plain": lambda: _pictures(short, pictures, {}), "steered": lambda: _pictures(short, pictures, fields)}
     seconds = interleaved(calls, repeats)
     return seconds["steered"] / seconds["plain"]
 
 
 def _memory(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields) -> float:
     """Peak bytes of one picture group's two steps with control, over those without."""
-    pictures = wanted[0]
     short = runner.with_steps(2)
 
-    def run(around: Any) -> int:
-        return peak_bytes(lambda: _pictures(short, pictures, around))
+    def run(acting: Fields) -> int:
+        return peak_bytes(lambda: _pictures(short, wanted[0], acting))
 
-    return run(lambda _a, _b: attnctrl.attach(runner.pipe, build_controls(fields, pictures))) / run(None)
+    return run(fields) / run({})
 
 
 def _grid(wanted: Sequence[Sequence[Picture]], drawn: Mapping[str, Sequence[Images]], most: int = 8) -> Image.Image:

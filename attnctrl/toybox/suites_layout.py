@@ -18,6 +18,7 @@ from attnctrl.region import Region, membership
 
 from . import world
 from .data import TOKEN_PIXELS
+from .detect import color_detections
 from .scorer import Expected, Reading, agrees, match, read_picture
 from .scorer_color import COLOR_NAMES
 from .suite import Fields, Images, Picture, Suite
@@ -115,10 +116,10 @@ def layout_values(task: Task, images: Images, plain: Images) -> dict[str, float]
     """
     (image,), (other,) = images, plain
     reading = read_picture(image)
-    wanted = [COLOR_NAMES.index(color) for _, color, _ in task.subjects]
+    seen = color_detections(reading.colors, [color for _, color, _ in task.subjects])
     return {
-        "inclusion_ratio": inclusion_ratio(reading.colors, task.boxes, wanted),
-        "fill_ratio": fill_ratio(reading.colors, task.boxes, wanted),
+        "inclusion_ratio": inclusion_ratio(seen, task.boxes),
+        "fill_ratio": fill_ratio(seen, task.boxes),
         "background_similarity": background_similarity(other, image, task.boxes),
         "seam": seam(image, _token_regions(task, image.shape[:2]), _not_ground(reading)),
         **subject_values(task, reading),

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
+if TYPE_CHECKING:
+    from attnctrl.region import Region
+
+Positions = Literal["corner", "region", "apart"]
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
 Decorate = Callable[[int, int], Any]
@@ -85,7 +89,7 @@ class Runner:
         seeds: Sequence[int],
         around: Decorate | None = None,
         progress: Callable[[int], None] | None = None,
-        references: Sequence[np.ndarray] | None = None,
+        showing: Callable[[int, int], Any] | None = None,
     ) -> list[np.ndarray]:
         """Pictures uint8 [H, W, 3], one for each prompt; each starts from its own seed whatever the batch.
 
@@ -93,19 +97,17 @@ class Runner:
             prompts, seeds: equally many.
             around: makes a context manager for the pictures [start, stop) of a batch, for controls.
             progress: called after every batch with the number of pictures it held.
-            references: a reference picture uint8 [h, w, 3] for each prompt, for models that follow one.
-
-        Raises:
-            UnsupportedModelError: References for a model that follows none.
+            showing: makes a pipeline for the pictures [start, stop) of a batch, in the place of `pipe`; see
+                `Runner.showing`.
         """
         import torch
 
         images: list[np.ndarray] = []
-        pipe = self.pipe if references is None else self._with_references()
-        accepted = signature(type(pipe).__call__).parameters
-        scale = self.true_cfg_scale if "true_cfg_scale" in accepted else self.guidance_scale
         for start in range(0, len(prompts), self.batch):
             stop = min(start + self.batch, len(prompts))
+            pipe = self.pipe if showing is None else showing(start, stop)
+            accepted = signature(type(pipe).__call__).parameters
+            scale = self.true_cfg_scale if "true_cfg_scale" in accepted else self.guidance_scale
             part = list(prompts[start:stop])
             arguments: dict[str, Any] = {
                 "prompt": part,
@@ -118,11 +120,10 @@ class Runner:
                 "max_sequence_length": self.max_sequence_length,
                 "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:stop]],
                 "output_type": "np",
+                # of Kontext, which else draws at resolutions of its own
+                "max_area": self.size[0] * self.size[1],
+                "_auto_resize": False,
             }
-            if references is not None:
-                shown = [Image.fromarray(one) for one in references[start:stop]]
-                area = self.size[0] * self.size[1]
-                arguments |= {"image": shown, "max_area": area, "_auto_resize": False}
             arguments = {name: value for name, value in arguments.items() if name in accepted}
             with around(start, stop) if around is not None else nullcontext():
                 drawn = pipe(**arguments).images
@@ -131,18 +132,21 @@ class Runner:
                 progress(stop - start)
         return images
 
-    def _with_references(self) -> Any:
-        from diffusers import FluxKontextPipeline, FluxPipeline
+    def showing(
+        self,
+        references: Sequence[Sequence[np.ndarray]],
+        positions: Positions = "corner",
+        regions: Sequence[Sequence[Region]] = (),
+    ) -> Any:
+        """A pipeline on the same modules that follows the reference pictures uint8 [h, w, 3] of each prompt of a batch.
 
-        from attnctrl.errors import UnsupportedModelError
+        Raises:
+            UnsupportedModelError: The model follows none.
+        """
+        from attnctrl.pipelines.references import with_references
 
-        if not isinstance(self.pipe, FluxPipeline):
-            raise UnsupportedModelError(
-                f"Reference pictures are shown to FLUX Kontext; found {type(self.pipe).__name__}. Name toy-flux."
-            )
-        pipe = FluxKontextPipeline(**self.pipe.components)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        shown = [[Image.fromarray(one) for one in sample] for sample in references]
+        return with_references(self.pipe, shown, positions=positions, regions=regions)
 
 
 class Counter:

@@ -15,6 +15,8 @@ from functools import cache
 
 import numpy as np
 
+from ..metrics.layout import mask_box
+
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 44),
@@ -193,15 +195,6 @@ def render(scene: WorldScene, height: int = 64, width: int = 64) -> Rendered:
         canvas += np.kron(noise, np.ones((4, 4)))[:height, :width, None]
     image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return Rendered(image, masks, np.array([mask_box(m) for m in masks]).reshape(-1, 4))
-
-
-def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Box (x0, y0, x1, y1) in fractions around the True pixels of `mask` [H, W]; zeros if there are none."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if rows.size == 0:
-        return (0.0, 0.0, 0.0, 0.0)
-    height, width = mask.shape
-    return (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
 
 
 _RADII = {1: (0.15, 0.34), 2: (0.14, 0.23), 3: (0.13, 0.19), 4: (0.12, 0.17)}
