@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from .explain import Explanation, explain
     from .phrases import phrase_spans
+    from .presets import preset
     from .processors import (
         ControlledAttnProcessor,
         IsolationAttnProcessor,
@@ -70,6 +71,7 @@ __all__ = [
     "attach",
     "explain",
     "phrase_spans",
+    "preset",
     "processors",
     "report",
     "set_processors",
@@ -80,6 +82,7 @@ _HOMES = {
     "controls": ("Control", "GroupIsolation", "Isolate", "OpenTexts", "RegionModulation", "Regions"),
     "explain": ("Explanation", "explain"),
     "phrases": ("phrase_spans",),
+    "presets": ("preset",),
     "region": ("Region",),
     "processors": (
         "ControlledAttnProcessor",

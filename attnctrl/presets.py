@@ -1,6 +1,6 @@
 """Stacks of controls under the names of the methods they come from.
 
-    with ac.attach(pipe, ac.presets.make("seg2any", regions)):
+    with ac.attach(pipe, ac.preset("seg2any", regions)):
         ...
 
 Regions are a list of `Region`, or one list per sample of the batch. What is not a table of the paper but a choice of
@@ -14,20 +14,21 @@ from typing import Any
 
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
 from .errors import ControlError
+from .region import Overlap
 from .schedule import Window
 
-__all__ = ["PRESETS", "alternating", "lamic", "lamic_fixed", "make", "regional_prompting", "seg2any"]
+__all__ = ["PRESETS", "alternating", "lamic", "lamic_fixed", "layout", "preset", "regional_prompting", "seg2any"]
 
 
-def layout(regions: Any, *, window: Window = (0.0, 0.5)) -> list[Control]:
+def layout(regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 0.5)) -> list[Control]:
     """Ours: each region reads its own text; regions do not see each other in the first half, the background sees all.
 
     Isolation that never ends leaves seams (measured on the embedded models).
     """
-    return [Isolate(window=window, background="shared"), Regions(regions)]
+    return [Isolate(window=window, background="shared"), Regions(regions, overlap=overlap)]
 
 
-def lamic(regions: Any, *, words: Any = (), window: Window = (0.0, 0.05)) -> list[Control]:
+def lamic(regions: Any, *, overlap: Overlap = "union", words: Any = (), window: Window = (0.0, 0.05)) -> list[Control]:
     """LAMIC (arXiv 2508.00477) as published: phase A for one step of twenty, relaying hubs, phase B to the end.
 
     In the paper texts are words of one prompt (`Region.spans`), and a reference without a box has the whole canvas (a
@@ -36,18 +37,31 @@ def lamic(regions: Any, *, words: Any = (), window: Window = (0.0, 0.05)) -> lis
     Args:
         words: tokens of the prompt that are no padding, see `GroupIsolation`.
     """
-    return [GroupIsolation(regions, words=words), RegionModulation(window=window)]
+    return [GroupIsolation(regions, overlap=overlap, words=words), RegionModulation(window=window)]
 
 
-def lamic_fixed(regions: Any, *, words: Any = (), window: Window = (0.0, 0.5)) -> list[Control]:
+def lamic_fixed(
+    regions: Any, *, overlap: Overlap = "union", words: Any = (), window: Window = (0.0, 0.5)
+) -> list[Control]:
     """LAMIC with our choices: prompt and padding carry nothing from one entity to another (they read texts alone), and
-    regions stay apart for half of the denoising progress; a reference without a box is best given the uncovered part.
+    regions stay apart for half of the denoising progress; so do references and regions in the branch of the negative
+    prompt, where they would otherwise mix.
     """
-    return [GroupIsolation(regions, words=words, hubs="source"), RegionModulation(window=window)]
+    return [
+        GroupIsolation(regions, overlap=overlap, words=words, hubs="source"),
+        RegionModulation(window=window),
+        # in the prompt's branch this adds nothing to phase A
+        Isolate(branch="all", window=window, background="shared", text=False),
+    ]
 
 
 def regional_prompting(
-    regions: Any, *, base_ratio: float = 0.2, window: Window = (0.0, 0.42), every: int = 1
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    base_ratio: float = 0.2,
+    window: Window = (0.0, 0.42),
+    every: int = 1,
 ) -> list[Control]:
     """Training-free Regional Prompting (arXiv 2411.02395): M_reg mixed with the plain prompt, in the first steps.
 
@@ -58,7 +72,7 @@ def regional_prompting(
     """
     masked: dict[str, Any] = {"window": window, "layers": None if every == 1 else f"all/{every}"}
     stack: list[Control] = [
-        Regions(regions, global_text="none", base_ratio=base_ratio, **masked),
+        Regions(regions, overlap=overlap, global_text="none", base_ratio=base_ratio, **masked),
         Isolate(background="isolated", **masked),
     ]
     between = OpenTexts(base_ratio=base_ratio, global_text="none", window=window, layers=f"not all/{every}")
@@ -66,7 +80,12 @@ def regional_prompting(
 
 
 def seg2any(
-    regions: Any, *, window: Window = (0.0, 0.5), attributes: Window = (0.0, 0.35), layers: Any = None
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    window: Window = (0.0, 0.5),
+    attributes: Window = (0.0, 0.35),
+    layers: Any = None,
 ) -> list[Control]:
     """The two masks of Seg2Any (arXiv 2506.00596) without its training: semantic alignment and attribute isolation.
 
@@ -77,16 +96,16 @@ def seg2any(
         layers: of attribute isolation; "single-early" on FLUX is the paper's. None takes all.
     """
     return [
-        Regions(regions, global_text="open", window=window),
+        Regions(regions, overlap=overlap, global_text="open", window=window),
         Isolate(background="reads_all", prompt="background", window=attributes, layers=layers),
     ]
 
 
-def alternating(regions: Any, *, window: Window = (0.0, 1.0)) -> list[Control]:
+def alternating(regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 1.0)) -> list[Control]:
     """Every second block parts regions, the others read the texts of all, as InvokeAI does on FLUX."""
     masked: dict[str, Any] = {"window": window, "layers": "all/2"}
     return [
-        Regions(regions, **masked),
+        Regions(regions, overlap=overlap, **masked),
         Isolate(background="shared", **masked),
         OpenTexts(window=window, layers="not all/2"),
     ]
@@ -102,7 +121,7 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
 }
 
 
-def make(name: str, regions: Any, **options: Any) -> list[Control]:
+def preset(name: str, regions: Any, **options: Any) -> list[Control]:
     """The stack called `name`.
 
     Raises:

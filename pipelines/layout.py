@@ -65,7 +65,7 @@ class LayoutPipeline(Wrapper):
         background: str | Sequence[str | None] | None = None,
         negative_prompt: str | Sequence[str] = "",
         *,
-        preset: str = "default",
+        preset: str = "layout",
         controls: Sequence[Control] | Callable[[list[list[Region]]], Sequence[Control]] | None = None,
         overlap: Overlap = "union",
         reference_positions: Literal["corner", "region", "apart"] = "corner",
@@ -87,7 +87,7 @@ class LayoutPipeline(Wrapper):
             subjects: what stands where.
             background: what is outside all boxes and masks; one text for all layouts, or one for each.
             negative_prompt: what guidance moves away from; one for all, or one for each.
-            preset: name of a stack of controls, see `attnctrl.pipelines.layout_presets`.
+            preset: name of a stack of controls, see `attnctrl.presets`.
             controls: instead of a preset: a list (its `Regions` hold what they hold), or a function of the regions of
                 each layout; [] for none.
             overlap: what becomes of tokens in several places, for presets.
@@ -253,15 +253,13 @@ def _png(image: Any) -> bytes:
 
 
 def _controls(preset: str, controls: Any, regions: list[list[Region]], overlap: Overlap) -> list[Control]:
-    from attnctrl.pipelines.layout_presets import PRESETS
-
     from attnctrl.attach import as_controls
+    from attnctrl.presets import preset as stack_of
 
     if controls is not None:
         return list(as_controls(controls(regions) if callable(controls) else controls))
-    if preset not in PRESETS:
-        raise ControlError(f"preset must be one of {', '.join(PRESETS)}; found {preset!r}.")
-    return PRESETS[preset](regions, overlap) if any(regions) else []
+    stack = stack_of(preset, regions, overlap=overlap)
+    return stack if any(regions) else []
 
 
 def _seeds(seeds: Any, generator: Any, layouts: int, images: int) -> list[list[int]]:

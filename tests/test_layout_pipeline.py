@@ -8,7 +8,6 @@ import tiny_mmdit_pipes
 import tiny_pipes
 import torch
 from attnctrl.pipelines import LayoutPipeline, ScenePipeline, Subject
-from attnctrl.pipelines.layout_presets import PRESETS
 from PIL import Image
 from shell import save_tiny
 
@@ -113,7 +112,7 @@ def test_seeds_are_those_of_the_pictures(pipe):
     assert steps == [(1, 2), (2, 2)]
 
 
-def test_controls_are_a_preset_a_list_or_a_function(pipe, monkeypatch):
+def test_controls_are_a_preset_a_list_or_a_function(pipe):
     preset = pixels(pipe(PROMPT, PAIR)[0])
 
     def same(regions):
@@ -124,11 +123,15 @@ def test_controls_are_a_preset_a_list_or_a_function(pipe, monkeypatch):
     bare = pipe(PROMPT, PAIR, controls=[])[0]
     assert not bare.controlled
     assert (pixels(bare) != preset).any()
-    monkeypatch.setitem(PRESETS, "texts", lambda regions, overlap: [ac.Regions(regions, overlap=overlap)])
-    assert (
-        pixels(pipe(PROMPT, PAIR, preset="texts")[0])
-        == pixels(pipe(PROMPT, PAIR, controls=lambda r: [ac.Regions(r)])[0])
-    ).all()
+    named = pipe(PROMPT, PAIR, preset="lamic-fixed", overlap="priority")[0]
+    given = pipe(PROMPT, PAIR, controls=lambda r: ac.preset("lamic-fixed", r, overlap="priority"))[0]
+    assert (pixels(named) == pixels(given)).all()
+    assert (pixels(named) != preset).any()
+    assert [one["name"] for one in named.record["scene"]["controls"]] == [
+        "group_isolation",
+        "region_modulation",
+        "isolate",
+    ]
     # nothing has a place
     assert (pixels(pipe(PROMPT)[0]) == pixels(pipe(PROMPT, controls=[])[0])).all()
 
@@ -170,7 +173,7 @@ def test_other_families_draw_layouts_and_name_who_follows_references(kind):
         ([Subject("x", LEFT, reference=RED)] * 9, {}, "8 reference pictures at most"),
         ([Subject("x", (0, 0, 1, 1)), Subject("y", reference=RED)], {}, "'y' has a reference and no place"),
         ([Subject("x")], {}, r"subjects\[0\]: a subject needs a box, a mask or a reference"),
-        (PAIR, {"preset": "lamik"}, "preset must be one of default.*'lamik'"),
+        (PAIR, {"preset": "lamik"}, "no preset named 'lamik'"),
         (PAIR, {"seeds": [1, 2]}, "1 layouts with 1 pictures each need 1 seeds; found 2"),
         (PAIR, {"seeds": 1, "generator": torch.Generator()}, "seeds or a generator, not both"),
         (PAIR, {"seeds": -1}, "seed: must be in"),

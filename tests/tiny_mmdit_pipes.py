@@ -73,6 +73,8 @@ def _processor(padding_side: str) -> LlavaProcessor:
     """The sibling of dev's own that needs no torchvision; its template begins with a token that the tokenizer would add."""
     tokenizer = _tokenizer()
     tokenizer.bos_token, tokenizer.padding_side = "<unk>", padding_side
+    # a token of its own, which the processor looks for in every prompt
+    tokenizer.add_tokens("<image>")
     return LlavaProcessor(PixtralImageProcessorPil(), tokenizer, chat_template="{{ bos_token }} " + TEMPLATE)
 
 

@@ -61,7 +61,7 @@ def test_the_first_step_follows_the_papers_tables(case: str) -> None:
     setting, scene = flux(), regions()
     row = tokens(setting, scene, texts=True)
     tables = [weights(row, row, *layer) for layer in rules]
-    stack = [always(one) for one in presets.make(case.split(",")[0], scene, **options)]
+    stack = [always(one) for one in ac.preset(case.split(",")[0], scene, **options)]
     with ac.attach(setting.model, stack), probe() as calls:
         setting.run()
     base = weights(row, row, lambda q, k: float("text" not in (q.kind, k.kind)))
@@ -81,7 +81,7 @@ def test_presets_build_on_every_architecture(name: str) -> None:
     """Two samples with scenes of their own; no row of a plan is left without a key."""
     for make in (flux, unet):
         setting = make(batch=2)
-        stack = [always(one) for one in presets.make(name, [regions(), regions(overlap=True)])]
+        stack = [always(one) for one in ac.preset(name, [regions(), regions(overlap=True)])]
         with ac.attach(setting.model, stack, branches=("cond",)):
             assert setting.run().isfinite().all()
 
@@ -92,4 +92,4 @@ def test_presets_build_on_every_architecture(name: str) -> None:
 )
 def test_what_is_no_preset_is_refused(name: str, options: Any, message: str) -> None:
     with pytest.raises(ControlError, match=message):
-        presets.make(name, regions(), **options)
+        ac.preset(name, regions(), **options)
