@@ -185,6 +185,11 @@ class Wrapper:
                     f"reference: {type(self.pipe).__name__} gives all samples of a batch the same references; run "
                     "layouts with references one by one."
                 )
+            if scenes[0].reference_positions != "corner" or scenes[0].reference_pixels is not None:
+                raise SceneError(
+                    f"reference: {type(self.pipe).__name__} places and sizes references by itself; leave "
+                    "reference_positions and reference_pixels out."
+                )
             return self.pipe, {"image": pictures[0]}
         from attnctrl.pipelines.references import MAX_PIXELS, with_references
 

@@ -9,22 +9,33 @@ from pathlib import Path
 import pytest
 
 from attnctrl import provenance
+from attnctrl.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "layout.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_page_of_layouts_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in blocks:
+    for block in blocks("layout.md"):
         exec(block, names)
-    assert len(blocks) == 4
+    assert len(blocks("layout.md")) == 4
     assert [picture.seed for picture in names["pictures"]] == [1, 2]
     scene, _ = provenance.restore(tmp_path / "layout.png")
     assert len(scene.references()) == 1
+
+
+def test_the_page_of_presets_runs_and_names_them_all() -> None:
+    names: dict = {}
+    for block in blocks("presets.md"):
+        exec(block, names)
+    assert "steps 0-9: regions, isolate" in str(names["told"])
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", page, flags=re.MULTILINE) == list(PRESETS)
 
 
 def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -210,5 +210,7 @@ def test_pipelines_with_references_of_their_own_get_them_bound(kind):
     picture = pipe("a b", subjects, **options)[0]
     assert "warning" not in picture.report
     assert picture.record["report"]["controls"][0]["rows"]
+    with pytest.raises(SceneError, match="places and sizes references by itself"):
+        pipe("a b", subjects, reference_positions="region", **options)
     with pytest.raises(SceneError, match="gives all samples of a batch the same references"):
         pipe(["a", "b"], [subjects, subjects], **{**options, "seeds": [1, 2]})

@@ -193,8 +193,8 @@ def _single(better: Better, vanilla: float, controlled: float | None = None) -> 
 def build_controls(fields: Fields, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
     """Controls for a batch of pictures, each sample with its own regions."""
     scenes = {"regions": [list(one.regions) for one in pictures]}
-    kinds: Mapping[str, Callable[..., attnctrl.Control]] = CONTROLS
-    return [kinds[name](**values, **(scenes if name == "regions" else {})) for name, values in fields.items()]
+    kinds: Mapping[str, Any] = CONTROLS
+    return [kinds[name](**values, **(scenes if kinds[name].appends_text else {})) for name, values in fields.items()]
 
 
 def _draw(
