@@ -6,6 +6,7 @@ the same references one after the other, as Kontext would take them: nothing but
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,8 +41,15 @@ _PLACES: dict[int, tuple[str, ...]] = {
 }
 """Where several things go: they share the whole canvas, in the same places in all tasks."""
 COUNTS = (1, *_PLACES)
-CONTROLS: Fields = {"isolate": {}, "regions": {}}
-"""What acts: isolation to the end. A reference belongs to one region, so regions that see each other mix references."""
+CONTROLS: Fields = {"isolate": {"branch": "all"}, "regions": {}}
+"""What acts: isolation to the end, in both branches. A reference belongs to one region, so regions that see each other
+mix references, be it in the branch that guidance moves away from.
+"""
+VARIANTS: Mapping[str, Fields] = {
+    "prompt_branch": {"isolate": {}, "regions": {}},
+    "lamic": {"group_isolation": {}, "region_modulation": {"window": (0.0, 0.05)}},
+}
+"""What else can be measured: isolation in the prompt's branch alone, and LAMIC as published but for its joint text."""
 POSITIONS: Positions = "corner"
 
 
@@ -200,4 +208,5 @@ REFERENCES = Suite(
     better={name + _suffix(count): way for count in COUNTS for name, way in _BETTER.items()},
     fidelity=fidelity,
     controls=CONTROLS,
+    variants=VARIANTS,
 )
