@@ -9,15 +9,25 @@ ours says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
 from .errors import ControlError
-from .region import Overlap
+from .region import Overlap, Region
 from .schedule import Window
 
-__all__ = ["PRESETS", "alternating", "lamic", "lamic_fixed", "layout", "preset", "regional_prompting", "seg2any"]
+__all__ = [
+    "PRESETS",
+    "against",
+    "alternating",
+    "lamic",
+    "lamic_fixed",
+    "layout",
+    "preset",
+    "regional_prompting",
+    "seg2any",
+]
 
 
 def layout(regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 0.5)) -> list[Control]:
@@ -119,6 +129,25 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "seg2any": seg2any,
     "alternating": alternating,
 }
+
+
+def against(scenes: Sequence[Sequence[Region]]) -> list[Control]:
+    """What regions are to keep away from: their negative prompts are their texts in the branch of the negative prompt.
+
+    Regions without one read the negative prompt of the whole picture there. Nothing is added where no region has one.
+
+    Args:
+        scenes: the regions of each sample, or of one for all.
+    """
+    texts = [
+        [
+            Region(one.negative_prompt, box=one.box, mask=one.mask, name=f"not in {one.label}", strength=one.strength)
+            for one in scene
+            if one.negative_prompt
+        ]
+        for scene in scenes
+    ]
+    return [Regions(texts, branch="uncond")] if any(texts) else []
 
 
 def preset(name: str, regions: Any, **options: Any) -> list[Control]:

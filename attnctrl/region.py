@@ -36,6 +36,7 @@ class Region:
         name: used in messages and reports; the prompt when empty.
         strength: in [0, 1], multiplies the strength of the control that holds the region.
         reference: index of the reference picture that belongs to this region alone; None leaves references open to all.
+        negative_prompt: what is not to be seen there, see `attnctrl.presets.against`.
         prompt_embeds: [tokens, channels], the encoded prompt, for a bare model without a text encoder.
         spans: tokens [start, stop) of the pipeline's prompt that tell of this region, from `attnctrl.phrase_spans`;
             they are its text, and none is encoded and appended. For controls of the prompt's branch alone.
@@ -52,6 +53,7 @@ class Region:
     reference: int | None = None
     prompt_embeds: Tensor | None = None
     spans: Sequence[tuple[int, int]] = ()
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.box is not None and self.mask is not None:
@@ -93,7 +95,7 @@ class Region:
         if self.mask is not None:
             packed = base64.b64encode(zlib.compress(self.mask.numpy().tobytes())).decode("ascii")
             data["mask"] = {"shape": list(self.mask.shape), "float32": packed}
-        for key, default in (("name", None), ("strength", 1.0), ("reference", None)):
+        for key, default in (("name", None), ("strength", 1.0), ("reference", None), ("negative_prompt", "")):
             if getattr(self, key) != default:
                 data[key] = getattr(self, key)
         if self.spans:

@@ -99,6 +99,7 @@ class Subject(_Document):
     box: Annotated[Box | None, Field(description="[x0, y0, x1, y1] in the scene's units")] = None
     mask: Annotated[str | None, Field(max_length=500, description="picture of its place, white is inside")] = None
     reference: Annotated[str | None, Field(max_length=500, description="picture of what it looks like")] = None
+    negative_prompt: Annotated[Prompt, Field(description="what guidance moves away from in its place")] = ""
     strength: Annotated[float, Field(ge=0, le=1, description="0 is not there, 1 is full")] = 1.0
 
     @model_validator(mode="after")
@@ -269,6 +270,7 @@ class Scene(_Document):
                 name=subject.name,
                 strength=subject.strength,
                 reference=reference,
+                negative_prompt=subject.negative_prompt,
             )
             for subject, reference in zip(self.subjects, bound, strict=True)
             if subject.box is not None or subject.mask is not None

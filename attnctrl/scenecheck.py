@@ -84,22 +84,25 @@ def control_problems(entries: Sequence[Mapping[str, Any]], placed: bool) -> list
 def build_controls(entries: Sequence[Mapping[str, Any]], regions: Sequence[Region], label: str) -> list[Control]:
     """The controls of checked entries.
 
-    The scene's regions go to the controls that append their texts; the others act on the regions that these declare.
-    When no control appends texts, the first that needs regions gets them.
+    The scene's regions go to the controls that bring them, with their texts; the others act on those. When no control
+    does, the first that needs regions gets them. Where subjects have negative prompts, these are the texts of their
+    regions in the branch of the scene's negative prompt.
 
     Raises:
         SceneError: An entry does not make a control.
     """
     from attnctrl.controls import CONTROLS, Control
+    from attnctrl.presets import against
 
     classes = [CONTROLS[str(entry["name"])] for entry in entries]
-    owners = [i for i, cls in enumerate(classes) if cls.needs_regions and cls.appends_text]
+    owners = [i for i, cls in enumerate(classes) if cls.brings_regions]
     owners = owners or [i for i, cls in enumerate(classes) if cls.needs_regions][:1]
     try:
-        return [
+        made = [
             Control.from_dict({**entry, REGIONS: list(regions)} if index in owners else entry)
             for index, entry in enumerate(entries)
         ]
+        return [*made, *against([regions])] if made else []
     except AttnCtrlError as error:
         raise scene_error(
             label, [Problem("controls", str(error), short(list(entries)), "correct the entry")]

@@ -99,13 +99,19 @@ class Stack:
     def _text_declaring(self) -> list[Control]:
         return [control for control in self._declaring if control.appends_text]
 
+    def _lending(self, borrower: Control) -> list[Control]:
+        """Whose regions a control without any acts on: those of its own branch, or else of any."""
+        lenders = self._text_declaring()
+        near = [one for one in lenders if "all" in (one.branch, borrower.branch) or one.branch == borrower.branch]
+        return near or lenders
+
     def regions(self, scene: int) -> tuple[Region, ...]:
         """All declared regions of a scene, numbered as in its layout."""
         return tuple(region for control in self._declaring for region in _scene(control, scene))
 
     def own(self, control: Control, scene: int) -> frozenset[int]:
         """The numbers of the regions that a control acts on: its own, or else those declared with texts."""
-        wanted = [control] if control.scenes else self._text_declaring() if control.needs_regions else []
+        wanted = [control] if control.scenes else self._lending(control) if control.needs_regions else []
         numbers: set[int] = set()
         start = 0
         for declaring in self._declaring:

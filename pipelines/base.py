@@ -151,6 +151,11 @@ class Wrapper:
         import attnctrl
 
         settings = self.settings(scenes[0])
+        if not settings.guided and any(one.negative_prompt for scene in scenes for one in scene.subjects):
+            raise SceneError(
+                "negative_prompt: without guidance nothing reads what subjects are to keep away from; leave it out, or "
+                "raise true_cfg_scale (guidance_scale where there is none) above 1."
+            )
         pipe, given = self._following(scenes, settings)
         arguments = {**_arguments(pipe, scenes, settings, len(seeds[0])), **given}
         if progress is not None:

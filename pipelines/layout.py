@@ -42,6 +42,7 @@ class Subject:
         reference: picture of what it looks like, PIL or path. With neither box nor mask, its place is what no box and
             no mask of the layout covers.
         strength: in [0, 1]; 0 is not there.
+        negative_prompt: what guidance moves away from in its place, instead of the whole picture's.
         name: in reports and errors.
     """
 
@@ -50,6 +51,7 @@ class Subject:
     mask: Any = None
     reference: Any = None
     strength: float = 1.0
+    negative_prompt: str = ""
     name: str | None = None
 
 
@@ -133,6 +135,10 @@ class LayoutPipeline(Wrapper):
         acting = _controls(preset, controls, [scene.regions() for scene in scenes], overlap)
         entries = [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
         scenes = [scene.replace(controls=entries) if scene.regions() else scene for scene in scenes]
+        if acting:
+            from attnctrl.presets import against
+
+            acting += against([scene.regions() for scene in scenes])
         numbers = _seeds(seeds, generator, len(prompts), num_images_per_prompt)
         return self.draw(scenes, numbers, acting, bool(acting), progress)
 
@@ -165,7 +171,9 @@ def _scene(keys: dict[str, Any], subjects: Sequence[Subject], label: str) -> Sce
     entries, masks = [], []
     for i, subject in enumerate(subjects):
         where = f"{label}, subjects[{i}]"
-        entry: dict[str, Any] = {"prompt": subject.prompt, "name": subject.name, "strength": subject.strength}
+        entry: dict[str, Any] = {
+            key: getattr(subject, key) for key in ("prompt", "name", "strength", "negative_prompt")
+        }
         if subject.box is not None:
             entry["box"] = [float(value) for value in subject.box]
         if subject.mask is not None:

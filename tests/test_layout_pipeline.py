@@ -14,6 +14,8 @@ from shell import save_tiny
 import attnctrl as ac
 from attnctrl import provenance
 from attnctrl.errors import AssetError, AttnCtrlError, ControlError, SceneError, UnsupportedModelError
+from attnctrl.scene import Scene
+from attnctrl.toybox.models.flux import tiny_pipeline
 
 RED, BLUE = (Image.new("RGB", (24, 16), color) for color in ((255, 0, 0), (0, 0, 255)))
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
@@ -214,3 +216,25 @@ def test_pipelines_with_references_of_their_own_get_them_bound(kind):
         pipe("a b", subjects, reference_positions="region", **options)
     with pytest.raises(SceneError, match="gives all samples of a batch the same references"):
         pipe(["a", "b"], [subjects, subjects], **{**options, "seeds": [1, 2]})
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd"])
+def test_negative_prompts_of_subjects_act_in_their_regions_of_the_other_branch(kind):
+    """As a stack of regions in each branch; the regions of one are nothing to the other."""
+    pipe = LayoutPipeline.from_pipe(tiny_pipeline() if kind == "flux" else tiny_pipes.sd())
+    guided = {"true_cfg_scale": 3.0} if kind == "flux" else {"guidance_scale": 3.0}
+    options = {"width": 32, "height": 32, "num_inference_steps": 2, "seeds": 1, "negative_prompt": "dull", **guided}
+    pair = [Subject("a red circle", LEFT, negative_prompt="blue"), Subject("a blue square", RIGHT)]
+    plain = [Subject("a red circle", LEFT), Subject("a blue square", RIGHT)]
+    with_negative, without = pipe(PROMPT, pair, **options)[0], pipe(PROMPT, plain, **options)[0]
+    assert (pixels(with_negative) != pixels(without)).any()
+
+    def by_hand(regions):
+        regions = [[ac.Region(one.prompt, box=one.box) for one in scene] for scene in regions]
+        return [*ac.preset("layout", regions), ac.Regions([ac.Region("blue", box=LEFT)], branch="uncond")]
+
+    assert (pixels(pipe(PROMPT, plain, controls=by_hand, **options)[0]) == pixels(with_negative)).all()
+    again = ScenePipeline.from_pipe(pipe.pipe)(Scene.from_dict(with_negative.record["scene"]))[0]
+    assert (pixels(again) == pixels(with_negative)).all()
+    with pytest.raises(SceneError, match="without guidance nothing reads"):
+        pipe(PROMPT, pair, **{**options, **dict.fromkeys(guided, 1.0)})

@@ -56,7 +56,9 @@ def test_a_scene_survives_its_own_dictionary():
     assert {key: value for key, value in once.to_dict().items() if key != "subjects"} == {
         key: value for key, value in data.items() if key != "subjects"
     }
-    assert once.to_dict()["subjects"] == [{**data["subjects"][0], "mask": None, "reference": None}]
+    assert once.to_dict()["subjects"] == [
+        {**data["subjects"][0], "mask": None, "reference": None, "negative_prompt": ""}
+    ]
 
 
 def test_pixel_boxes_equal_normalised_boxes():
@@ -238,6 +240,9 @@ def test_controls_get_the_regions_of_the_scene():
     assert (isolate.name, isolate.window, regions.name, regions.base_ratio) == ("isolate", (0.0, 0.5), "regions", 0.25)
     assert [region.box for region in regions.regions] == [tuple(LEFT["box"]), tuple(RIGHT["box"])]
     assert len(isolate.regions) == 0  # it takes those that the other declares, so that texts and places are one
+    entries = [{"name": "regions", "layers": "all/2"}, {"name": "open_texts", "layers": "not all/2"}]
+    _, between = Scene.from_dict({**BASE, "subjects": [LEFT, RIGHT], "controls": entries}).build_controls()
+    assert len(between.regions) == 0
 
 
 def test_isolate_alone_gets_the_regions():
@@ -267,7 +272,9 @@ def test_the_schema_names_every_key_and_every_parameter():
     assert set(schema["properties"]) == set(Scene.model_fields)
     assert schema["required"] == ["version", "prompt"]
     assert schema["additionalProperties"] is False
-    assert set(schema["$defs"]["Subject"]["properties"]) == {"prompt", "name", "box", "mask", "reference", "strength"}
+    assert set(schema["$defs"]["Subject"]["properties"]) == {
+        *("prompt", "name", "box", "mask", "reference", "strength", "negative_prompt"),
+    }
     entries = schema["properties"]["controls"]["anyOf"][0]["items"]["oneOf"]
     assert {entry["properties"]["name"]["const"] for entry in entries} == set(CONTROLS)
     regions = next(entry for entry in entries if entry["properties"]["name"]["const"] == "regions")

@@ -41,6 +41,8 @@ class Control:
     name: ClassVar[str] = ""
     needs_regions: ClassVar[bool] = False
     """The control acts on regions: its own, or else those that other controls of the stack declare."""
+    brings_regions: ClassVar[bool] = False
+    """Of a document's regions: this control declares them for the whole stack."""
     appends_text: ClassVar[bool] = False
     """The texts of its regions are appended to the model's text sequence while the control acts."""
 

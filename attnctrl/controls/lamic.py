@@ -78,6 +78,7 @@ class GroupIsolation(Grouped):
     """
 
     name: ClassVar[str] = "group_isolation"
+    brings_regions: ClassVar[bool] = True
     appends_text: ClassVar[bool] = True
 
     words: Sequence[Span] | Sequence[Sequence[Span]] = ()

@@ -68,6 +68,7 @@ class Regions(Grouped):
     """
 
     name: ClassVar[str] = "regions"
+    brings_regions: ClassVar[bool] = True
     appends_text: ClassVar[bool] = True
 
     base_ratio: float = 0.0

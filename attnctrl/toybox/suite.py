@@ -194,7 +194,7 @@ def build_controls(fields: Fields, pictures: Sequence[Picture]) -> list[attnctrl
     """Controls for a batch of pictures, each sample with its own regions."""
     scenes = {"regions": [list(one.regions) for one in pictures]}
     kinds: Mapping[str, Any] = CONTROLS
-    return [kinds[name](**values, **(scenes if kinds[name].appends_text else {})) for name, values in fields.items()]
+    return [kinds[name](**values, **(scenes if kinds[name].brings_regions else {})) for name, values in fields.items()]
 
 
 def _draw(

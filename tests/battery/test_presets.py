@@ -86,6 +86,20 @@ def test_presets_build_on_every_architecture(name: str) -> None:
             assert setting.run().isfinite().all()
 
 
+def test_regions_of_one_branch_are_nothing_to_borrowers_of_the_other() -> None:
+    """`OpenTexts` of the prompt's branch shows its texts alone."""
+    stack = [
+        *ac.preset("alternating", regions()),
+        ac.Regions([ac.Region("no", prompt_embeds=torch.zeros(7, 16))], branch="uncond"),
+    ]
+    setting = flux()
+    with ac.attach(setting.model, [always(one) for one in stack]) as handle, probe() as calls:
+        setting.run()
+        texts = sum(len(one.prompt_embeds) for one in regions())
+        assert {call.key.shape[1] for call in calls} == {5 + texts + 24}
+        assert [one.forwards for one in handle.report().controls] == [1, 1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [("lamik", {}, "no preset named 'lamik'. Known: layout, lamic"), ("lamic", {"hubs": 1}, "preset 'lamic'.*'hubs'")],
