@@ -138,7 +138,7 @@ def test_controls_are_a_preset_a_list_or_a_function(pipe):
     assert (pixels(pipe(PROMPT)[0]) == pixels(pipe(PROMPT, controls=[])[0])).all()
 
 
-@pytest.mark.parametrize("kind", ["sd", "sd3"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
 def test_other_families_draw_layouts_and_name_who_follows_references(kind):
     pipe = LayoutPipeline.from_pipe(getattr(tiny_pipes, kind)())
     plain = [Subject("a red circle", LEFT), Subject("a blue square", RIGHT)]

@@ -357,10 +357,10 @@ def test_scenes_made_in_memory_run_too(pipe):
     assert pipe(scene)[0].image.size == (SIZE, SIZE)
 
 
-# Stable Diffusion and SD3
+# Stable Diffusion, XL and SD3
 
 
-@pytest.fixture(scope="module", params=["sd", "sd3"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3"])
 def other(request, tmp_path_factory):
     """A folder with a tiny model of another family."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the real classes: Stable Diffusion and Stable Diffusion 3 with the toy world's tokenizers."""
+"""Tiny random pipelines of the real classes: Stable Diffusion, XL and 3, with the toy world's tokenizers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
@@ -33,33 +34,57 @@ def _ready(pipe: Any) -> Any:
     return pipe
 
 
+def _unet(width: int, **more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=width,
+        norm_num_groups=4,
+        **more,
+    )
+
+
 def sd(seed: int = 0) -> StableDiffusionPipeline:
     """A UNet of two levels, the finer one with 4 x 6 latents for 16 x 24 pixels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = text.clip_tokenizer()
         encoder = text.clip_encoder(clip, width=WIDTH, layers=1)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=2,
-            cross_attention_dim=WIDTH,
-            norm_num_groups=4,
-        )
         pipe = StableDiffusionPipeline(
+            unet=_unet(WIDTH),
             vae=_vae(),
             text_encoder=encoder,
             tokenizer=clip,
-            unet=unet,
             scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+    return _ready(pipe)
+
+
+def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """The same UNet with XL's added conditions, and two CLIP encoders side by side."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip = text.clip_tokenizer()
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        unet = _unet(WIDTH, projection_class_embeddings_input_dim=6 * 8 + WIDTH // 2, **added)
+        pipe = StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=text.clip_encoder(clip, width=WIDTH // 2, layers=2),
+            tokenizer=clip,
+            text_encoder_2=text.clip_encoder(clip, width=WIDTH // 2, layers=2, projection=True),
+            tokenizer_2=clip,
+            unet=unet,
+            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+            add_watermarker=False,
         )
     return _ready(pipe)
 
