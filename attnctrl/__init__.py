@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         processors,
         set_processors,
     )
-    from .region import Region
+    from .region import Region, segments
     from .report import Report, report
     from .schedule import Sigma
 
@@ -74,6 +74,7 @@ __all__ = [
     "preset",
     "processors",
     "report",
+    "segments",
     "set_processors",
 ]
 
@@ -83,7 +84,7 @@ _HOMES = {
     "explain": ("Explanation", "explain"),
     "phrases": ("phrase_spans",),
     "presets": ("preset",),
-    "region": ("Region",),
+    "region": ("Region", "segments"),
     "processors": (
         "ControlledAttnProcessor",
         "IsolationAttnProcessor",

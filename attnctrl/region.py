@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["Grid", "Overlap", "Region", "by", "centre", "coverage", "labels", "membership"]
+__all__ = ["Grid", "Overlap", "Region", "by", "centre", "coverage", "labels", "membership", "segments"]
 
 Overlap = Literal["union", "priority", "background"]
 Grid = tuple[int, ...]
@@ -112,6 +112,35 @@ class Region:
         if fields.get("box") is not None:
             fields["box"] = tuple(fields["box"])
         return cls(**fields)
+
+
+def segments(segmentation: Any, prompts: Mapping[int, str]) -> list[Region]:
+    """Regions of a segmentation map, as Seg2Any takes it (arXiv 2506.00596): one for each label that has a text.
+
+    Args:
+        segmentation: whole numbers [H, W] (array, tensor, or picture of one channel), a label for each pixel.
+        prompts: label -> text. Pixels of other labels are in no region.
+
+    Raises:
+        LayoutError: when the map is no such thing, or holds no pixel of a label.
+    """
+    found = segmentation
+    if not isinstance(found, Tensor):
+        import numpy as np
+
+        found = torch.from_numpy(np.array(found))
+    if found.ndim != 2 or found.is_floating_point():
+        raise LayoutError(
+            f"A segmentation map is whole numbers [H, W]; found {found.dtype} of shape {tuple(found.shape)}. Give it "
+            "one channel with a label for each pixel."
+        )
+    there = set(found.unique().tolist())
+    if absent := [label for label in prompts if label not in there]:
+        raise LayoutError(
+            f"The segmentation map has no pixel of label {absent[0]} ('{prompts[absent[0]]}'); it holds "
+            f"{', '.join(map(str, sorted(there)[:20]))}."
+        )
+    return [Region(text, mask=found == label) for label, text in prompts.items()]
 
 
 def _checked_box(box: Sequence[float], label: str) -> tuple[float, float, float, float]:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import attnctrl as ac
 from attnctrl.errors import LayoutError
 from attnctrl.families.flux import measure
 from attnctrl.layout import Layout, Measures, TokenRange, partition
@@ -190,3 +191,30 @@ def test_flux_layout_refuses_ids_that_are_no_picture() -> None:
         measure(None, {**arguments, "img_ids": torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 3], [0, 1, 0]]).float()})
     with pytest.raises(LayoutError, match="axis 0 = 0"):
         measure(None, {**arguments, "img_ids": ids((1, 2, 2, 0, 0))})
+
+
+def test_a_segmentation_map_gives_a_region_for_each_text() -> None:
+    map_ = torch.zeros(8, 12, dtype=torch.uint8)
+    map_[:, :6], map_[2, 9] = 3, 7
+    left, dot = ac.segments(map_, {3: "sea", 7: "a boat"})
+    assert (left.prompt, dot.prompt) == ("sea", "a boat")
+    member = membership([left, dot], (4, 6)).reshape(2, 4, 6)
+    expected = torch.zeros(2, 4, 6, dtype=torch.bool)
+    # a segment smaller than a token has the token that it covers best
+    expected[0, :, :3], expected[1, 1, 4] = True, True
+    assert torch.equal(member, expected)
+    same = ac.segments(Image.fromarray(map_.numpy()), {3: "sea", 7: "a boat"})
+    assert all(torch.equal(one.mask, other.mask) for one, other in zip(same, (left, dot), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("map_", "message"),
+    [
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"found torch.uint8 of shape \(4, 4, 3\)"),
+        (torch.zeros(4, 4), "whole numbers.*found torch.float32"),
+        (torch.ones(4, 4, dtype=torch.int64), r"no pixel of label 3 \('sea'\); it holds 1\."),
+    ],
+)
+def test_what_is_no_segmentation_map_is_refused(map_: torch.Tensor, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ac.segments(map_, {3: "sea"})
