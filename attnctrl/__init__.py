@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .explain import Explanation, explain
-    from .phrases import phrase_spans
+    from .phrases import in_prompt, phrase_spans
     from .presets import preset
     from .processors import (
         ControlledAttnProcessor,
@@ -70,6 +70,7 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "explain",
+    "in_prompt",
     "phrase_spans",
     "preset",
     "processors",
@@ -82,7 +83,7 @@ _HOMES = {
     "attach": ("Handle", "attach"),
     "controls": ("Control", "GroupIsolation", "Isolate", "OpenTexts", "RegionModulation", "Regions"),
     "explain": ("Explanation", "explain"),
-    "phrases": ("phrase_spans",),
+    "phrases": ("in_prompt", "phrase_spans"),
     "presets": ("preset",),
     "region": ("Region", "segments"),
     "processors": (

@@ -3,16 +3,72 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from .attach import parts_of
 from .errors import LayoutError, UnsupportedModelError
 from .families import Reader, family_of, text_limit
+from .layout import Span
+from .region import Region
 
-__all__ = ["phrase_spans"]
+__all__ = ["TextEncoding", "in_prompt", "phrase_spans"]
 
-Span = tuple[int, int]
-"""Tokens [start, stop) of the text sequence."""
+TextEncoding = Literal["separate", "joint", "auto"]
+
+
+def in_prompt(
+    pipe: Any,
+    prompt: str,
+    regions: Sequence[Region],
+    text_encoding: TextEncoding = "joint",
+    *,
+    max_sequence_length: int | None = None,
+) -> list[Region]:
+    """The regions with their texts bound to the words of the prompt, which are encoded together with all the others.
+
+    A text that several regions have belongs to them in the order in which it occurs; that of one region alone belongs
+    to it wherever it occurs. Regions with spans, with prompt_embeds or without a text stay what they are.
+
+    Args:
+        pipe, max_sequence_length: as for `phrase_spans`.
+        prompt: as the pipeline is given it.
+        text_encoding: "joint", every region's text must stand in the prompt; "separate", none is sought there; "auto",
+            those that the prompt does not hold, or holds as words of an earlier region, stay texts of their own.
+
+    Raises:
+        LayoutError, UnsupportedModelError: for "joint", as from `phrase_spans`.
+    """
+    if text_encoding == "separate":
+        return list(regions)
+    texts = Counter(_text(region) for region in regions)
+    bound: list[Region] = []
+    taken: set[int] = set()
+    met: Counter[str] = Counter()
+    for region in regions:
+        text = _text(region)
+        if text:
+            number = met[text] if texts[text] > 1 else None
+            met[text] += 1
+            try:
+                spans = phrase_spans(pipe, prompt, text, number, max_sequence_length=max_sequence_length)
+            except (LayoutError, UnsupportedModelError):
+                if text_encoding == "joint":
+                    raise
+                spans = ()
+            tokens = {token for start, stop in spans for token in range(start, stop)}
+            if text_encoding == "joint" or not tokens & taken:
+                taken |= tokens
+                region = replace(region, spans=spans)
+        bound.append(region)
+    return bound
+
+
+def _text(region: Region) -> str:
+    """What is to be found in the prompt."""
+    return "" if region.spans or region.prompt_embeds is not None else region.prompt.strip()
 
 
 def phrase_spans(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
+from .controls.base import scenes_of
 from .errors import ControlError
 from .region import Overlap, Region
 from .schedule import Window
@@ -27,6 +28,7 @@ __all__ = [
     "preset",
     "regional_prompting",
     "seg2any",
+    "texts",
 ]
 
 
@@ -35,7 +37,24 @@ def layout(regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 0
 
     Isolation that never ends leaves seams (measured on the embedded models).
     """
-    return [Isolate(window=window, background="shared"), Regions(regions, overlap=overlap)]
+    return [Isolate(window=window, background="shared"), *texts(regions, overlap=overlap)]
+
+
+def texts(regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 1.0)) -> list[Control]:
+    """Ours: each region reads its own text, and nothing else is parted.
+
+    Where texts of a sample are words of the prompt (`in_prompt`), its regions read the rest of it as well
+    (`GroupIsolation`), as the text encoder wrote these words knowing it. Texts that are all encoded by themselves are
+    read alone (`Regions`).
+    """
+    scenes = scenes_of(regions, "regions")
+    worded = [any(region.spans for region in scene) for scene in scenes]
+    stack: list[Control] = []
+    for kind, wanted in ((GroupIsolation, True), (Regions, False)):
+        mine = [scene if told == wanted else () for scene, told in zip(scenes, worded, strict=True)]
+        if any(mine):
+            stack.append(kind(mine if len(mine) > 1 else mine[0], overlap=overlap, window=window))
+    return stack or [Regions()]
 
 
 def lamic(regions: Any, *, overlap: Overlap = "union", words: Any = (), window: Window = (0.0, 0.05)) -> list[Control]:
@@ -128,6 +147,7 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "regional-prompting": regional_prompting,
     "seg2any": seg2any,
     "alternating": alternating,
+    "texts": texts,
 }
 
 

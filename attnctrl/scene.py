@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from attnctrl.errors import LayoutError, UnsupportedModelError
 from attnctrl.scenecheck import build_controls, control_problems, control_schema, problems_of
 from attnctrl.scenefile import (
     MAX_SCENE_BYTES,
@@ -138,6 +139,10 @@ class Scene(_Document):
     background: Annotated[
         str | None, Field(min_length=1, max_length=MAX_PROMPT, description="what is outside all boxes and masks")
     ] = None
+    text_encoding: Annotated[
+        Literal["separate", "joint", "auto"],
+        Field(description="texts of subjects: encoded each by itself, words of the prompt, or whichever is possible"),
+    ] = "separate"
     reference_positions: Annotated[
         Literal["corner", "region", "apart"], Field(description="where the model finds references")
     ] = "corner"
@@ -281,22 +286,39 @@ class Scene(_Document):
 
     @property
     def control_entries(self) -> tuple[dict[str, Any], ...]:
-        """The entries that act: `controls`, or text regions when it is left out and anything has a place."""
+        """The entries that act: `controls`, or texts of regions when it is left out and anything has a place."""
         if self.controls is not None:
             return self.controls
-        return ({"name": "regions"},) if self._anything_placed else ()
+        name = "regions" if self.text_encoding == "separate" else "group_isolation"
+        return ({"name": name},) if self._anything_placed else ()
 
     @property
     def _anything_placed(self) -> bool:
         return self.background is not None or any(subject.box or subject.mask for subject in self.subjects)
 
-    def build_controls(self) -> list[Control]:
-        """The controls of the scene on its regions, ready for `attnctrl.attach`.
+    def regions_on(self, pipe: Any, max_sequence_length: int | None) -> list[Region]:
+        """As `regions`, with texts bound to words of the prompt where `text_encoding` asks for it.
+
+        Raises:
+            SceneError: The prompt does not hold them, or where they stand is not known for this pipeline.
+        """
+        from attnctrl.phrases import in_prompt
+
+        try:
+            return in_prompt(
+                pipe, self.prompt, self.regions(), self.text_encoding, max_sequence_length=max_sequence_length
+            )
+        except (LayoutError, UnsupportedModelError) as error:
+            found, remedy = f"'{self.text_encoding}'", "take 'separate' or 'auto'"
+            raise scene_error(self._label, [Problem("text_encoding", str(error), found, remedy)]) from error
+
+    def build_controls(self, regions: Sequence[Region] | None = None) -> list[Control]:
+        """The controls of the scene, for `attnctrl.attach`, on those of `regions_on` or, if left out, of `regions`.
 
         Raises:
             SceneError: An entry does not make a control.
         """
-        return build_controls(self.control_entries, self.regions(), self._label)
+        return build_controls(self.control_entries, self.regions() if regions is None else regions, self._label)
 
     def normalised(self, box: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
         """`box`, given in the scene's units, as fractions of the picture."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from attnctrl.controls import Control
+    from attnctrl.region import Region
 
 PIPELINES = (
     "FluxPipeline",
@@ -125,6 +126,10 @@ class Wrapper:
     def settings(self, scene: Scene) -> Settings:
         """The values with which `scene` runs on this model. Raises `SceneError` if the size does not fit its grid."""
         return settings_of(scene, self.defaults, canvas_of(self.pipe))
+
+    def regions(self, scene: Scene) -> list[Region]:
+        """The regions of `scene` with their texts as it asks for them. Raises `SceneError` if this model cannot."""
+        return scene.regions_on(self.pipe, self.settings(scene).max_sequence_length)
 
     def draw(
         self,

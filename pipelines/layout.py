@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     import torch
 
     from attnctrl.controls import Control
+    from attnctrl.phrases import TextEncoding
     from attnctrl.region import Overlap, Region
 
 __all__ = ["LayoutPipeline", "Subject"]
 
 _SIDE = 512  # rows and columns on which the place of subjects without one is drawn
+_PRESETS = {"unet": "texts"}
 _WITHOUT = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 
 
@@ -67,9 +69,10 @@ class LayoutPipeline(Wrapper):
         background: str | Sequence[str | None] | None = None,
         negative_prompt: str | Sequence[str] = "",
         *,
-        preset: str = "layout",
+        preset: str | None = None,
         controls: Sequence[Control] | Callable[[list[list[Region]]], Sequence[Control]] | None = None,
         overlap: Overlap = "union",
+        text_encoding: TextEncoding = "auto",
         reference_positions: Literal["corner", "region", "apart"] = "corner",
         reference_pixels: int | None = None,
         width: int | None = None,
@@ -89,10 +92,13 @@ class LayoutPipeline(Wrapper):
             subjects: what stands where.
             background: what is outside all boxes and masks; one text for all layouts, or one for each.
             negative_prompt: what guidance moves away from; one for all, or one for each.
-            preset: name of a stack of controls, see `attnctrl.presets`.
+            preset: name of a stack of controls, see `attnctrl.presets`; "layout" if left out, and "texts" on UNets,
+                whose coarse levels are hurt by isolation (measured, see docs/layout.md).
             controls: instead of a preset: a list (its `Regions` hold what they hold), or a function of the regions of
                 each layout; [] for none.
             overlap: what becomes of tokens in several places, for presets.
+            text_encoding: of subjects and background: "joint", they are words of the prompt, encoded with it;
+                "separate", each is encoded by itself; "auto", words of the prompt where it holds them.
             reference_positions, reference_pixels: see `attnctrl.pipelines.with_references`.
             width, height, num_inference_steps, guidance_scale, true_cfg_scale: the model's own where left out.
             num_images_per_prompt: pictures of each layout.
@@ -116,6 +122,7 @@ class LayoutPipeline(Wrapper):
             "steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "true_cfg_scale": true_cfg_scale,
+            "text_encoding": text_encoding,
             "reference_positions": reference_positions,
             "reference_pixels": reference_pixels,
         }
@@ -132,15 +139,28 @@ class LayoutPipeline(Wrapper):
                 f"reference: {type(self.pipe).__name__} follows no reference picture; leave references out, or load "
                 f"one of {able}."
             )
-        acting = _controls(preset, controls, [scene.regions() for scene in scenes], overlap)
-        entries = [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
-        scenes = [scene.replace(controls=entries) if scene.regions() else scene for scene in scenes]
+        regions = [self.regions(scene) for scene in scenes]
+        preset = preset or self._preset
+        acting = _controls(preset, regions, overlap) if controls is None else _given(controls, regions)
+        scenes = [
+            scene.replace(controls=_entries(_controls(preset, [own], overlap) if controls is None else acting))
+            if own
+            else scene
+            for scene, own in zip(scenes, regions, strict=True)
+        ]
         if acting:
             from attnctrl.presets import against
 
-            acting += against([scene.regions() for scene in scenes])
+            acting += against(regions)
         numbers = _seeds(seeds, generator, len(prompts), num_images_per_prompt)
         return self.draw(scenes, numbers, acting, bool(acting), progress)
+
+    @property
+    def _preset(self) -> str:
+        from attnctrl.attach import parts_of
+        from attnctrl.families import family_of
+
+        return _PRESETS.get(family_of(parts_of(self.pipe)[0]).name, "layout")
 
     def _check_texts(self, scenes: Sequence[Scene]) -> None:
         """Raises `SceneError` for texts that the model would cut off."""
@@ -260,14 +280,22 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _controls(preset: str, controls: Any, regions: list[list[Region]], overlap: Overlap) -> list[Control]:
-    from attnctrl.attach import as_controls
+def _controls(preset: str, regions: list[list[Region]], overlap: Overlap) -> list[Control]:
     from attnctrl.presets import preset as stack_of
 
-    if controls is not None:
-        return list(as_controls(controls(regions) if callable(controls) else controls))
     stack = stack_of(preset, regions, overlap=overlap)
     return stack if any(regions) else []
+
+
+def _given(controls: Any, regions: list[list[Region]]) -> list[Control]:
+    from attnctrl.attach import as_controls
+
+    return list(as_controls(controls(regions) if callable(controls) else controls))
+
+
+def _entries(acting: list[Control]) -> list[dict[str, Any]]:
+    """Controls as a scene writes them, whose regions are the scene's own."""
+    return [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
 
 
 def _seeds(seeds: Any, generator: Any, layouts: int, images: int) -> list[list[int]]:

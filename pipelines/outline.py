@@ -74,7 +74,7 @@ class Outline:
         settings = self.settings(scene)
         return attnctrl.explain(
             self,
-            scene.build_controls(),
+            scene.build_controls(scene.regions_on(self, settings.max_sequence_length)),
             width=settings.width,
             height=settings.height,
             steps=settings.steps,

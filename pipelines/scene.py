@@ -41,5 +41,5 @@ class ScenePipeline(Wrapper):
         wanted = [scene.seed] if seeds is None else list(seeds)
         if wrong := [seed for seed in wanted if not 0 <= seed <= MAX_SEED]:
             raise SceneError(f"seed: must be in 0 .. {MAX_SEED}; found {wrong[0]}; take another one.")
-        controls = scene.build_controls() if controlled else []
+        controls = scene.build_controls(self.regions(scene)) if controlled else []
         return [picture for seed in wanted for picture in self.draw([scene], [[seed]], controls, controlled, progress)]

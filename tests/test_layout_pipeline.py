@@ -114,12 +114,57 @@ def test_seeds_are_those_of_the_pictures(pipe):
     assert steps == [(1, 2), (2, 2)]
 
 
+def test_texts_are_words_of_the_prompt_or_encoded_by_themselves(pipe):
+    """In the prompt nothing is appended; outside of it each text is, and "auto" takes the first where it can."""
+    seen = []
+
+    def spans(regions):
+        seen.append([region.spans for region in regions[0]])
+        return ac.preset("layout", regions)
+
+    lengths = []
+    with pipe.pipe.transformer.transformer_blocks[0].attn.register_forward_pre_hook(
+        lambda _m, _a, told: lengths.append(told["encoder_hidden_states"].shape[1]), with_kwargs=True
+    ):
+        joint = pipe(PROMPT, PAIR, text_encoding="joint", controls=spans)[0]
+        separate = pipe(PROMPT, PAIR, text_encoding="separate", controls=spans)[0]
+        mixed = [PAIR[0], Subject("a green star", RIGHT, reference=BLUE)]
+        auto = pipe(PROMPT, mixed, controls=spans)[0]
+    assert seen == [[((0, 3),), ((4, 7),)], [(), ()], [((0, 3),), ()]]
+    # each step has the prompt's forward and that of the negative prompt
+    assert lengths == [40, 40] * 2 + [40 + 4 + 4, 40] * 2 + [40 + 4, 40] * 2
+    assert (pixels(pipe(PROMPT, PAIR)[0]) == pixels(joint)).all()
+    assert (pixels(joint) != pixels(separate)).any()
+    assert auto.record["scene"]["text_encoding"] == "auto"
+    with pytest.raises(SceneError, match=r"'a green star' is not in the prompt .*take 'separate' or 'auto'"):
+        pipe(PROMPT, mixed, text_encoding="joint")
+
+
+def test_a_record_with_words_of_the_prompt_makes_the_picture_again(pipe, tmp_path):
+    picture = pipe(PROMPT, PAIR, text_encoding="joint", preset="lamic", seeds=4)[0]
+    scene, record = provenance.restore(picture.save(tmp_path / "p.png"))
+    again = ScenePipeline(pipe.pipe, pipe.identity, pipe.defaults)(scene)[0]
+    assert (pixels(again) == pixels(picture)).all()
+    assert provenance.differences(record, again.record) == []
+
+
+def test_unets_are_not_parted_unless_asked():
+    """Their preset is texts alone."""
+    made = LayoutPipeline.from_pipe(tiny_pipes.sd())
+    subjects = [Subject("a red circle", LEFT), Subject("a blue square", RIGHT)]
+    told = {"num_inference_steps": 1, "width": 64, "height": 64}
+    names = [one["name"] for one in made(PROMPT, subjects, **told)[0].record["scene"]["controls"]]
+    assert names == ["group_isolation"]
+    parted = made(PROMPT, subjects, preset="layout", text_encoding="separate", **told)[0]
+    assert [one["name"] for one in parted.record["scene"]["controls"]] == ["isolate", "regions"]
+
+
 def test_controls_are_a_preset_a_list_or_a_function(pipe):
     preset = pixels(pipe(PROMPT, PAIR)[0])
 
     def same(regions):
         assert [region.reference for region in regions[0]] == [0, 1]
-        return [ac.Regions(regions), ac.Isolate(window=(0, 0.5), background="shared")]
+        return [ac.GroupIsolation(regions), ac.Isolate(window=(0, 0.5), background="shared")]
 
     assert (pixels(pipe(PROMPT, PAIR, controls=same)[0]) == preset).all()
     bare = pipe(PROMPT, PAIR, controls=[])[0]
@@ -224,6 +269,7 @@ def test_negative_prompts_of_subjects_act_in_their_regions_of_the_other_branch(k
     pipe = LayoutPipeline.from_pipe(tiny_pipeline() if kind == "flux" else tiny_pipes.sd())
     guided = {"true_cfg_scale": 3.0} if kind == "flux" else {"guidance_scale": 3.0}
     options = {"width": 32, "height": 32, "num_inference_steps": 2, "seeds": 1, "negative_prompt": "dull", **guided}
+    options["text_encoding"] = "separate"
     pair = [Subject("a red circle", LEFT, negative_prompt="blue"), Subject("a blue square", RIGHT)]
     plain = [Subject("a red circle", LEFT), Subject("a blue square", RIGHT)]
     with_negative, without = pipe(PROMPT, pair, **options)[0], pipe(PROMPT, plain, **options)[0]
@@ -231,7 +277,10 @@ def test_negative_prompts_of_subjects_act_in_their_regions_of_the_other_branch(k
 
     def by_hand(regions):
         regions = [[ac.Region(one.prompt, box=one.box) for one in scene] for scene in regions]
-        return [*ac.preset("layout", regions), ac.Regions([ac.Region("blue", box=LEFT)], branch="uncond")]
+        return [
+            *ac.preset("layout" if kind == "flux" else "texts", regions),
+            ac.Regions([ac.Region("blue", box=LEFT)], branch="uncond"),
+        ]
 
     assert (pixels(pipe(PROMPT, plain, controls=by_hand, **options)[0]) == pixels(with_negative)).all()
     again = ScenePipeline.from_pipe(pipe.pipe)(Scene.from_dict(with_negative.record["scene"]))[0]

@@ -44,7 +44,7 @@ def test_a_scene_survives_its_own_dictionary():
     data = {
         **BASE, "negative_prompt": "fog", "model": "owner/name", "width": 640, "height": 480, "units": "pixels", "steps": 9,
         "guidance_scale": 2.5, "true_cfg_scale": 3, "seed": 2**63 - 1, "background": "a gray wall",
-        "reference_positions": "apart", "reference_pixels": 4096,
+        "reference_positions": "apart", "reference_pixels": 4096, "text_encoding": "joint",
         "subjects": [{"prompt": "x", "name": "n", "box": [0, 0, 320, 240.5], "strength": 0.25}],
         "controls": [{"name": "regions", "window": [0, 0.5], "layers": ["single:0", "double"]}, {"name": "isolate"}],
     }  # fmt: skip

@@ -62,6 +62,8 @@ class Grouped(Control):
         raise NotImplementedError
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        if not own:
+            return None  # a sample for which there are no regions
         rules, own = self.rules(situation), self.present(situation, own)
 
         def weight(q: Group, k: Group) -> float:

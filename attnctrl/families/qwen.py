@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Measures, Slots
 from ..region import by
 from ..rotary import Rotary
@@ -60,12 +60,23 @@ def restart(original: Callable[..., Any], video_fhw: Any, *args: Any, **kwargs: 
 
 
 def _written(pipe: Any, prompt: str) -> str:
+    """What the pipeline gives to its tokenizer.
+
+    Raises:
+        UnsupportedModelError: for pipelines of editing, whose language model reads pictures between the words.
+    """
+    if getattr(pipe, "processor", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} reads pictures together with the prompt, so where its words stand depends on them. "
+            "Give regions texts of their own (text_encoding='separate')."
+        )
     return pipe.prompt_template_encode.format(prompt)
 
 
 def count_tokens(pipe: Any, prompt: str) -> int:
     """Tokens of a prompt in the pipeline's template without the template's head."""
-    tokens = len(pipe.tokenizer(_written(pipe, prompt)).input_ids) - pipe.prompt_template_encode_start_idx
+    written = pipe.prompt_template_encode.format(prompt)
+    tokens = len(pipe.tokenizer(written).input_ids) - pipe.prompt_template_encode_start_idx
     return min(tokens, pipe.tokenizer_max_length)
 
 

@@ -189,3 +189,44 @@ def test_pipelines_that_do_not_tell_places_are_refused() -> None:
     pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt + " <cat> <cat_1>"
     with pytest.raises(ac.UnsupportedModelError, match="textual inversion"):
         ac.phrase_spans(pipe, PROMPT, "square")
+
+
+def test_texts_of_regions_are_bound_to_the_words_of_the_prompt() -> None:
+    pipe, prompt = tiny_pipeline(), "a red circle, a blue square, a red circle"
+    left, right, square = (ac.Region("a red circle", box=(0, 0, 0.3, 1)), ac.Region("a red circle", name="twin"),
+                           ac.Region("a blue square", strength=0.5))  # fmt: skip
+
+    def spans(regions: list[ac.Region], how: Any = "joint") -> list[Any]:
+        return [one.spans for one in ac.in_prompt(pipe, prompt, regions, how, max_sequence_length=24)]
+
+    # tokens: a red circle , a blue square , a red circle
+    assert spans([left, square]) == [((0, 3), (8, 11)), ((4, 7),)]
+    assert spans([left, square, right]) == [((0, 3),), ((4, 7),), ((8, 11),)]
+    assert spans([left], "separate") == [()]
+    given = ac.Region("a red circle", spans=((1, 2),))
+    assert spans([given, ac.Region()]) == [((1, 2),), ()]
+    bound = ac.in_prompt(pipe, prompt, [square], max_sequence_length=24)[0]
+    assert (bound.strength, bound.prompt) == (0.5, "a blue square")
+
+
+def test_what_the_prompt_does_not_hold_stays_a_text_of_its_own_or_is_refused() -> None:
+    pipe, prompt = tiny_pipeline(), "a red circle, a blue square"
+    lake, part, whole = ac.Region("a lake"), ac.Region("red circle"), ac.Region("a red circle")
+    told = ac.in_prompt(pipe, prompt, [lake, whole, part], "auto", max_sequence_length=24)
+    # "red circle" is held by the words of the region before
+    assert [one.spans for one in told] == [(), ((0, 3),), ()]
+    with pytest.raises(ac.LayoutError, match="'a lake' is not in the prompt"):
+        ac.in_prompt(pipe, prompt, [lake], max_sequence_length=24)
+    twice = [whole, ac.Region("a red circle", name="twin")]
+    with pytest.raises(ac.LayoutError, match="occurs 1 time"):
+        ac.in_prompt(pipe, prompt, twice, max_sequence_length=24)
+    assert [one.spans for one in ac.in_prompt(pipe, prompt, twice, "auto", max_sequence_length=24)] == [((0, 3),), ()]
+
+
+def test_where_words_stand_is_not_known_in_pipelines_of_editing() -> None:
+    """Their language model reads pictures between the words."""
+    pipe = tiny_mmdit_pipes.qwen()
+    pipe.processor = object()
+    with pytest.raises(ac.UnsupportedModelError, match="reads pictures together with the prompt"):
+        ac.in_prompt(pipe, PROMPT, [ac.Region("a red circle")])
+    assert ac.in_prompt(pipe, PROMPT, [ac.Region("a red circle")], "auto")[0].spans == ()
