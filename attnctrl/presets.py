@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .attach import parts_of
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
 from .controls.base import scenes_of
 from .errors import ControlError
+from .families import family_of
 from .region import Overlap, Region
 from .schedule import Window
 
@@ -22,6 +24,7 @@ __all__ = [
     "PRESETS",
     "against",
     "alternating",
+    "default_preset",
     "lamic",
     "lamic_fixed",
     "layout",
@@ -149,6 +152,16 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "alternating": alternating,
     "texts": texts,
 }
+
+
+DEFAULTS: Mapping[str, str] = {"unet": "texts"}
+"""By family: the preset that was measured best on its embedded model, where that is not "layout". On the coarse levels
+of a UNet a box covers one or two tokens, and isolation there costs subjects."""
+
+
+def default_preset(pipe: Any) -> str:
+    """The preset for a pipeline or model whose user names none."""
+    return DEFAULTS.get(family_of(parts_of(pipe)[0]).name, "layout")
 
 
 def against(scenes: Sequence[Sequence[Region]]) -> list[Control]:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["LayoutPipeline", "Subject"]
 
 _SIDE = 512  # rows and columns on which the place of subjects without one is drawn
-_PRESETS = {"unet": "texts"}
 _WITHOUT = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 
 
@@ -111,6 +110,8 @@ class LayoutPipeline(Wrapper):
             AssetError: a mask or reference cannot be read.
             ControlError: an unknown preset, or numbers of things that do not fit together.
         """
+        from attnctrl.presets import against, default_preset
+
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         layouts = _per_prompt(subjects, len(prompts), "subjects", Subject, isinstance(prompt, str))
         grounds = _per_text(background, len(prompts), "background")
@@ -140,7 +141,7 @@ class LayoutPipeline(Wrapper):
                 f"one of {able}."
             )
         regions = [self.regions(scene) for scene in scenes]
-        preset = preset or self._preset
+        preset = preset or default_preset(self.pipe)
         acting = _controls(preset, regions, overlap) if controls is None else _given(controls, regions)
         scenes = [
             scene.replace(controls=_entries(_controls(preset, [own], overlap) if controls is None else acting))
@@ -149,18 +150,9 @@ class LayoutPipeline(Wrapper):
             for scene, own in zip(scenes, regions, strict=True)
         ]
         if acting:
-            from attnctrl.presets import against
-
             acting += against(regions)
         numbers = _seeds(seeds, generator, len(prompts), num_images_per_prompt)
         return self.draw(scenes, numbers, acting, bool(acting), progress)
-
-    @property
-    def _preset(self) -> str:
-        from attnctrl.attach import parts_of
-        from attnctrl.families import family_of
-
-        return _PRESETS.get(family_of(parts_of(self.pipe)[0]).name, "layout")
 
     def _check_texts(self, scenes: Sequence[Scene]) -> None:
         """Raises `SceneError` for texts that the model would cut off."""

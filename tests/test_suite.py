@@ -13,7 +13,7 @@ from attnctrl.metrics.frechet import frechet_distance
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.suite import COMMON, Options, Picture, build_controls, diversity, measure, time_ratio
-from attnctrl.toybox.suites_layout import CONTROLS, LAYOUT, VARIANTS
+from attnctrl.toybox.suites_layout import LAYOUT, VARIANTS, default_layout
 from attnctrl.toybox.suites_run import Runner
 
 
@@ -111,7 +111,7 @@ def test_the_time_is_that_of_one_interleaved_run(runner, monkeypatch):
 
     monkeypatch.setattr("attnctrl.toybox.suite.interleaved", clock)
     wanted = [LAYOUT.pictures(*LAYOUT.task("test", 0))]
-    assert time_ratio(runner, wanted, CONTROLS) == 1.5
+    assert time_ratio(runner, wanted, VARIANTS["separate"]) == 1.5
     plain = runner.with_steps(4).draw([wanted[0][0].prompt], [wanted[0][0].seed])
     assert np.array_equal(drawn[0][0], plain[0])
     assert not np.array_equal(drawn[1][0], plain[0])
@@ -135,14 +135,28 @@ def test_a_grid_shows_all_ways_of_drawing(runner):
     assert grid.size[1] > 2 * 192
 
 
-def test_controls_of_a_batch_have_the_regions_of_each_picture():
+def test_controls_of_a_batch_have_the_regions_of_each_picture(runner):
     pictures = [LAYOUT.pictures(*LAYOUT.task("test", index))[0] for index in range(2)]
-    isolate, regions = build_controls(CONTROLS, pictures)
+    isolate, regions = build_controls(VARIANTS["separate"], runner, pictures)
     assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "shared")
     assert isolate.regions == ()
     assert [[one.prompt for one in scene] for scene in regions.regions] == [
         [one.prompt for one in picture.regions] for picture in pictures
     ]
+
+
+def test_layouts_are_measured_as_the_pipeline_draws_them(runner):
+    """Regions own words of the prompt: "a blue heart left, a red star right, ..." has five tokens each and a comma."""
+    pictures = [LAYOUT.pictures(*LAYOUT.task("test", index))[0] for index in range(2)]
+    isolate, regions = build_controls(default_layout, runner, pictures)
+    assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "shared")
+    assert regions.name == "group_isolation"
+    for scene, picture in zip(regions.regions, pictures, strict=True):
+        words = picture.prompt.replace(",", " ,").split()
+        for region, box in zip(scene, picture.regions, strict=True):
+            ((start, stop),) = region.spans
+            assert " ".join(words[start:stop]) == region.prompt
+            assert region.box == box.box
 
 
 def test_diversity_is_the_distance_of_thumbnails():

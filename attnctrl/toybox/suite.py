@@ -27,6 +27,9 @@ from .suites_run import Counter, Positions, Progress, Runner
 Split = Literal["test", "tune"]
 Fields = Mapping[str, Mapping[str, Any]]
 """What acts: names of controls and their fields. What belongs to a task, its regions, comes on top."""
+Stack = Callable[["Runner", Sequence["Picture"]], list[attnctrl.Control]]
+"""What acts, made for a batch of pictures on a pipeline."""
+Acting = Fields | Stack
 Images = Sequence[np.ndarray]
 T = TypeVar("T")
 
@@ -43,7 +46,7 @@ class Picture:
     """One picture of a task: what to draw, from which seed, where, and the reference pictures that it is shown.
 
     `positions` is where the model finds the references under control, see `attnctrl.pipelines.references`; without, it
-    finds them at the corner, as stock Kontext does.
+    finds them at the corner, as stock Kontext does. `worded` are the regions with their texts as the prompt has them.
     """
 
     prompt: str
@@ -51,6 +54,7 @@ class Picture:
     regions: Sequence[Region] = ()
     references: Sequence[np.ndarray] = ()
     positions: Positions = "corner"
+    worded: Sequence[Region] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Suite(Generic[T]):
     better: Mapping[str, Better]
     fidelity: Callable[[T, Images], float]
     whole: Mapping[str, tuple[Better, Callable[[Sequence[T], Sequence[Images]], float]]] = field(default_factory=dict)
-    controls: Fields = field(default_factory=dict)
-    variants: Mapping[str, Fields] = field(default_factory=dict)
+    controls: Acting = field(default_factory=dict)
+    variants: Mapping[str, Acting] = field(default_factory=dict)
 
     def task(self, split: Split, index: int) -> tuple[T, int]:
         """Task `index` of a split, and its seed."""
@@ -99,7 +103,7 @@ class Options:
 
     split: Split = "test"
     variants: bool = False
-    controls: Fields | None = None
+    controls: Acting | None = None
     rows: bool = False
     grid: Callable[[Image.Image], object] | None = None
 
@@ -153,7 +157,7 @@ def measure(
     return {**found, "rows": rows} if options.rows else found
 
 
-def _settings(suite: Suite[Any], options: Options) -> dict[str, Fields]:
+def _settings(suite: Suite[Any], options: Options) -> dict[str, Acting]:
     """Controls by the prefix of their metrics' names."""
     first = suite.controls if options.controls is None else options.controls
     more = {f"{name}.": fields for name, fields in suite.variants.items()} if options.variants else {}
@@ -190,24 +194,26 @@ def _single(better: Better, vanilla: float, controlled: float | None = None) -> 
     return {"vanilla": vanilla, "controlled": controlled, "delta": delta, "ci95": None, "better": better}
 
 
-def build_controls(fields: Fields, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
+def build_controls(acting: Acting, runner: Runner, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
     """Controls for a batch of pictures, each sample with its own regions."""
+    if callable(acting):
+        return acting(runner, pictures)
     scenes = {"regions": [list(one.regions) for one in pictures]}
     kinds: Mapping[str, Any] = CONTROLS
-    return [kinds[name](**values, **(scenes if kinds[name].brings_regions else {})) for name, values in fields.items()]
+    return [kinds[name](**values, **(scenes if kinds[name].brings_regions else {})) for name, values in acting.items()]
 
 
 def _draw(
-    runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, tick: Callable[[int], None]
+    runner: Runner, wanted: Sequence[Sequence[Picture]], acting: Acting, tick: Callable[[int], None]
 ) -> list[Images]:
     """Images of each task."""
-    images = _pictures(runner, [one for pictures in wanted for one in pictures], fields, tick, len(wanted))
+    images = _pictures(runner, [one for pictures in wanted for one in pictures], acting, tick, len(wanted))
     each = len(wanted[0])
     return [images[at : at + each] for at in range(0, len(images), each)]
 
 
 def _pictures(
-    runner: Runner, wanted: Sequence[Picture], fields: Fields, done: Any = None, tasks: int = 1
+    runner: Runner, wanted: Sequence[Picture], acting: Acting, done: Any = None, tasks: int = 1
 ) -> list[np.ndarray]:
     """Images of the pictures of so many tasks. Pictures of a task that show equally many references share a batch."""
     images: dict[int, np.ndarray] = {}
@@ -215,42 +221,42 @@ def _pictures(
         places = [index for index, one in enumerate(wanted) if len(one.references) == count]
         alike, each = [wanted[index] for index in places], len(places) // tasks
         whole = runner.with_batch(max(each, runner.batch // each * each))
-        images |= zip(places, _alike(whole, alike, fields, done), strict=True)
+        images |= zip(places, _alike(whole, alike, acting, done), strict=True)
     return [images[index] for index in range(len(wanted))]
 
 
-def _alike(runner: Runner, wanted: Sequence[Picture], fields: Fields, done: Any) -> list[np.ndarray]:
+def _alike(runner: Runner, wanted: Sequence[Picture], acting: Acting, done: Any) -> list[np.ndarray]:
     """Images of pictures with equally many references."""
 
     def around(start: int, stop: int) -> Any:
-        return attnctrl.attach(runner.pipe, build_controls(fields, wanted[start:stop]))
+        return attnctrl.attach(runner.pipe, build_controls(acting, runner, wanted[start:stop]))
 
     def shown(start: int, stop: int) -> Any:
         part = wanted[start:stop]
-        positions = part[0].positions if fields else "corner"
+        positions = part[0].positions if acting else "corner"
         return runner.showing([one.references for one in part], positions, [one.regions for one in part])
 
     prompts, seeds = [one.prompt for one in wanted], [one.seed for one in wanted]
-    return runner.draw(prompts, seeds, around if fields else None, done, shown if wanted[0].references else None)
+    return runner.draw(prompts, seeds, around if acting else None, done, shown if wanted[0].references else None)
 
 
-def time_ratio(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields, repeats: int = 5) -> float:
+def time_ratio(runner: Runner, wanted: Sequence[Sequence[Picture]], acting: Acting, repeats: int = 5) -> float:
     """Seconds of a batch of pictures of four steps, with control over without: medians of an interleaved run."""
     pictures = [one for task in wanted for one in task][: runner.batch]
     short = runner.with_steps(4)
-    calls = {"plain": lambda: _pictures(short, pictures, {}), "steered": lambda: _pictures(short, pictures, fields)}
+    calls = {"plain": lambda: _pictures(short, pictures, {}), "steered": lambda: _pictures(short, pictures, acting)}
     seconds = interleaved(calls, repeats)
     return seconds["steered"] / seconds["plain"]
 
 
-def _memory(runner: Runner, wanted: Sequence[Sequence[Picture]], fields: Fields) -> float:
+def _memory(runner: Runner, wanted: Sequence[Sequence[Picture]], acting: Acting) -> float:
     """Peak bytes of one picture group's two steps with control, over those without."""
     short = runner.with_steps(2)
 
-    def run(acting: Fields) -> int:
-        return peak_bytes(lambda: _pictures(short, wanted[0], acting))
+    def run(steering: Acting) -> int:
+        return peak_bytes(lambda: _pictures(short, wanted[0], steering))
 
-    return run(fields) / run({})
+    return run(acting) / run({})
 
 
 def _grid(wanted: Sequence[Sequence[Picture]], drawn: Mapping[str, Sequence[Images]], most: int = 8) -> Image.Image:

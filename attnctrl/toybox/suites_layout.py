@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from attnctrl.controls import Control
 from attnctrl.metrics import background_similarity, fill_ratio, inclusion_ratio, seam
 from attnctrl.metrics.layout import pixel_box
+from attnctrl.phrases import in_prompt
+from attnctrl.presets import default_preset, preset
 from attnctrl.region import Region, membership
 
 from . import world
@@ -21,17 +24,19 @@ from .data import TOKEN_PIXELS
 from .detect import color_detections
 from .scorer import Expected, Reading, agrees, match, read_picture
 from .scorer_color import COLOR_NAMES
-from .suite import Fields, Images, Picture, Suite
+from .suite import Acting, Images, Picture, Suite
+from .suites_run import Runner
 
 Box = tuple[float, float, float, float]
 
-CONTROLS: Fields = {"isolate": {"window": (0.0, 0.5), "background": "shared"}, "regions": {}}
-"""What acts: isolation ends half-way, so that seams can heal."""
-VARIANTS: dict[str, Fields] = {
+VARIANTS: dict[str, Acting] = {
+    "separate": {"isolate": {"window": (0.0, 0.5), "background": "shared"}, "regions": {}},
     "regions_only": {"regions": {}},
     "parted_always": {"isolate": {"background": "isolated"}, "regions": {}},
 }
-"""What else can be measured: without isolation, and with regions and background parted from start to end."""
+"""What else can be measured, all with texts that are encoded each by itself: isolation that ends half-way, so that
+seams can heal; none; and regions and background parted from start to end.
+"""
 BOX, CLOSE_BOX = 0.42, 0.36
 _SLACK = 0.04
 """How far a box may lie from the middle of its half of the canvas."""
@@ -55,6 +60,10 @@ class Task:
         return [
             " ".join(filter(None, ("a", pattern, color, shape, _place(box)))) for (shape, color, pattern), box in pairs
         ]
+
+    @property
+    def worded(self) -> list[Region]:
+        return [Region(phrase, box=box) for phrase, box in zip(self.phrases, self.boxes, strict=True)]
 
     @property
     def prompt(self) -> str:
@@ -106,7 +115,14 @@ def _box(center: tuple[float, float], side: float, moved: np.ndarray) -> Box:
 
 
 def _pictures(task: Task, seed: int) -> list[Picture]:
-    return [Picture(task.prompt, seed, task.regions)]
+    return [Picture(task.prompt, seed, task.regions, worded=task.worded)]
+
+
+def default_layout(runner: Runner, pictures: Sequence[Picture]) -> list[Control]:
+    """What acts: the default of `LayoutPipeline`, its texts words of the prompt."""
+    length = runner.max_sequence_length
+    scenes = [in_prompt(runner.pipe, one.prompt, one.worded, max_sequence_length=length) for one in pictures]
+    return preset(default_preset(runner.pipe), scenes)
 
 
 def layout_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
@@ -208,7 +224,7 @@ LAYOUT = Suite(
         "seam": "lower",
     },
     fidelity=fidelity,
-    controls=CONTROLS,
+    controls=default_layout,
     variants=VARIANTS,
 )
 ISOLATION = Suite(
@@ -226,6 +242,6 @@ ISOLATION = Suite(
         "seam": "lower",
     },
     fidelity=fidelity,
-    controls=CONTROLS,
+    controls=default_layout,
     variants=VARIANTS,
 )

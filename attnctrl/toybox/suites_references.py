@@ -21,7 +21,7 @@ from .data import REFERENCE_SIZE
 from .detect import color_detections
 from .embed import identity_embedding
 from .scorer import Expected, Found, Reading, match, read_picture
-from .suite import Fields, Images, Picture, Suite
+from .suite import Acting, Fields, Images, Picture, Suite
 from .suites_layout import told_share
 from .suites_run import Positions
 
@@ -45,7 +45,7 @@ CONTROLS: Fields = {"isolate": {"branch": "all"}, "regions": {}}
 """What acts: isolation to the end, in both branches. A reference belongs to one region, so regions that see each other
 mix references, be it in the branch that guidance moves away from.
 """
-VARIANTS: Mapping[str, Fields] = {
+VARIANTS: Mapping[str, Acting] = {
     "prompt_branch": {"isolate": {}, "regions": {}},
     "lamic": {"group_isolation": {}, "region_modulation": {"window": (0.0, 0.05)}},
 }
@@ -88,6 +88,11 @@ class Cast:
         return [Region(text, box=box, reference=k) for k, (text, box) in enumerate(zip(texts, self.boxes, strict=True))]
 
     @property
+    def worded(self) -> list[Region]:
+        pairs = zip(self.places, self.boxes, strict=True)
+        return [Region(f"this thing {place}", box=box, reference=k) for k, (place, box) in enumerate(pairs)]
+
+    @property
     def swapped(self) -> Cast:
         """The same with the other reference in the place of the replaced one."""
         subjects = list(self.subjects)
@@ -125,7 +130,7 @@ def _cast(rng: np.random.Generator, count: int) -> Cast:
 def _pictures(task: Task, seed: int) -> list[Picture]:
     """The same noise twice for each cast, with its references and with one of them replaced."""
     return [
-        Picture(one.prompt, seed, one.regions, one.references, POSITIONS)
+        Picture(one.prompt, seed, one.regions, one.references, POSITIONS, one.worded)
         for cast in task
         for one in (cast, cast.swapped)
     ]
