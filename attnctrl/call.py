@@ -82,15 +82,17 @@ class Situation:
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """A further pass beside the controlled one: output = (1 - share) * controlled + share * this pass.
+    """A further pass beside the controlled one: output = (1 - sum of shares) * controlled + share * this pass + ...
 
     Attributes:
         visibility: what this pass sees.
         share: float32 [tokens] in [0, 1], per query token.
+        alone: other controls do not touch it; else what they hide is hidden in it too.
     """
 
     visibility: Visibility
     share: Tensor
+    alone: bool = True
 
 
 class VisibilityControl(Protocol):
@@ -98,7 +100,7 @@ class VisibilityControl(Protocol):
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None: ...
 
-    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None: ...
+    def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]: ...
 
 
 def build_passes(
@@ -113,23 +115,28 @@ def build_passes(
             nobody.
 
     Raises:
-        ControlError: when two controls ask for a blend.
+        ControlError: when two controls mix passes.
     """
     tucked = _hide(situation, hidden)
-    parts = [part for control, own in acting if (part := control.visibility(situation, own)) is not None]
-    main = compose(*([tucked] if tucked is not None else []), *parts) if parts or tucked is not None else None
-    if main is None:
-        main = situation.tabulate(lambda q, k: 1.0)
-    blends = [blend for control, own in acting if (blend := control.blend(situation, own)) is not None]
-    if not blends:
-        return [Pass(main)]
-    if len(blends) > 1:
+    always = [] if tucked is None else [tucked]
+    seen = [(control, part) for control, own in acting if (part := control.visibility(situation, own)) is not None]
+    mixing = [(control, found) for control, own in acting if (found := control.blends(situation, own))]
+    if len(mixing) > 1:
         raise ControlError(
-            f"{len(blends)} controls of one layer ask for a base pass; give a base_ratio to one of them."
+            f"{len(mixing)} controls of one layer mix passes (base_ratio, or overlapping texts in cross attention); "
+            "leave that to one of them: base_ratio=0, mixing='mask'."
         )
-    blend = blends[0]
-    further = blend.visibility if tucked is None else compose(tucked, blend.visibility)
-    return [_weighted(main, 1 - blend.share), _weighted(further, blend.share)]
+    parts = [*always, *(part for _, part in seen)]
+    main = compose(*parts) if parts else situation.tabulate(lambda q, k: 1.0)
+    if not mixing:
+        return [Pass(main)]
+    mixer, blends = mixing[0]
+    others = [part for control, part in seen if control is not mixer]
+    left = 1 - torch.stack([blend.share for blend in blends]).sum(0)
+    further = [
+        _weighted(compose(*always, blend.visibility, *([] if blend.alone else others)), blend.share) for blend in blends
+    ]
+    return [_weighted(main, left), *further]
 
 
 def build_plan(

@@ -87,9 +87,9 @@ class Control:
         """Its part in the visibility stage for the regions `own`; None leaves the stage alone."""
         return None
 
-    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None:
-        """A further pass to mix in; None for none."""
-        return None
+    def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
+        """Further passes to mix in."""
+        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form; fields at their default are left out."""

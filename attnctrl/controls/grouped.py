@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -62,8 +62,11 @@ class Grouped(Control):
         raise NotImplementedError
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
-        if not own:
-            return None  # a sample for which there are no regions
+        # a sample may have no regions
+        return situation.tabulate(self.weight(situation, own)) if own else None
+
+    def weight(self, situation: Situation, own: frozenset[int]) -> Callable[[Group, Group], float]:
+        """(query group, key group) -> with which weight the one sees the other."""
         rules, own = self.rules(situation), self.present(situation, own)
 
         def weight(q: Group, k: Group) -> float:
@@ -76,7 +79,7 @@ class Grouped(Control):
                 return (self._strength(situation, k.members) if to_text else 1.0) if sees else cut
             return 1.0 if sees else 1 - self._strength(situation, (q.members | k.members) & own)
 
-        return situation.tabulate(weight)
+        return weight
 
     def present(self, situation: Situation, own: frozenset[int]) -> frozenset[int]:
         """Regions of strength 0 are not there for controls that bring their texts: their tokens are background."""

@@ -7,12 +7,16 @@ M_reg and base ratio) and the semantic alignment mask of "Seg2Any" (arXiv 2506.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 from ..call import Blend, Situation
+from ..layout import Group
 from ..rules import Rules
 from ..schedule import is_empty
+from ..visibility import Visibility
 from .grouped import Grouped, is_appended
 
 __all__ = ["GlobalText", "OpenTexts", "Regions"]
@@ -62,9 +66,14 @@ class Regions(Grouped):
 
     In cross attention, where keys are texts alone, tokens of no region read the prompt with "none" as well.
 
+    Tokens of several regions read all their texts: with mixing="mask" in one softmax; with "passes" each text has a
+    softmax of its own, and the outputs are averaged ("attention couple"), so that texts of different lengths count
+    alike and none fights for the first token that CLIP's texts begin with. Where no regions overlap both are the same.
+
     Attributes:
         base_ratio: b in [0, 1); published examples use 0.1 to 0.3.
         global_text: which image tokens see the prompt, and are seen by it.
+        mixing: "auto" takes passes in cross attention, masks in joint attention.
     """
 
     name: ClassVar[str] = "regions"
@@ -73,10 +82,12 @@ class Regions(Grouped):
 
     base_ratio: float = 0.0
     global_text: GlobalText = "background"
+    mixing: Literal["auto", "mask", "passes"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("global_text", GlobalText)
+        self._check_choice("mixing", Literal["auto", "mask", "passes"])
         self._check_range("base_ratio", 0, 1, open_end=True)
 
     def rules(self, situation: Situation) -> Rules:
@@ -85,8 +96,43 @@ class Regions(Grouped):
         crossed = "image" not in situation.frame.keys
         return rules.with_marks("1", "UC", "UP") if crossed else rules
 
-    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None:
-        return _open_pass(situation, self.present(situation, own), self.base_ratio)
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        depth = self._depth(situation, own)
+        return self._turn(situation, own, 0) if depth > 1 else super().visibility(situation, own)
+
+    def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
+        present = self.present(situation, own)
+        open_pass = _open_pass(situation, present, self.base_ratio)
+
+        def share(group: Group, turn: int) -> float:
+            texts = len(group.members & present) if group.kind == "image" else 0
+            return (1 - self.base_ratio) / texts if texts > turn else 0.0
+
+        further = [
+            Blend(self._turn(situation, own, turn), situation.share(partial(share, turn=turn)), alone=False)
+            for turn in range(1, self._depth(situation, own))
+        ]
+        return (*open_pass, *further)
+
+    def _depth(self, situation: Situation, own: frozenset[int]) -> int:
+        """The most texts that a token reads in passes of their own; 0 where it reads them together."""
+        crossed = "image" not in situation.frame.keys
+        if self.mixing == "mask" or (self.mixing == "auto" and not crossed):
+            return 0
+        present = self.present(situation, own)
+        return max((len(group.members & present) for group in situation.queries[1] if group.kind == "image"), default=0)
+
+    def _turn(self, situation: Situation, own: frozenset[int], number: int) -> Visibility:
+        """What the pass sees in which tokens of several regions belong to the `number`th of theirs."""
+        weight, present = self.weight(situation, own), self.present(situation, own)
+
+        def in_turn(group: Group) -> Group:
+            mine = sorted(group.members & present)
+            if group.kind != "image" or len(mine) <= number:
+                return group
+            return replace(group, members=group.members - present | {mine[number]})
+
+        return situation.tabulate(lambda q, k: weight(in_turn(q), k))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +167,15 @@ class OpenTexts(Grouped):
         rules = _RULES.with_marks("1", "**")
         return rules if self.global_text == "open" else rules.with_marks("0", *_CLOSED["none"], "SC", "SP", "CS", "PS")
 
-    def blend(self, situation: Situation, own: frozenset[int]) -> Blend | None:
+    def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
         return _open_pass(situation, self.present(situation, own), self.base_ratio)
 
 
-def _open_pass(situation: Situation, own: frozenset[int], base_ratio: float) -> Blend | None:
+def _open_pass(situation: Situation, own: frozenset[int], base_ratio: float) -> Sequence[Blend]:
     """The plain model's pass, on which appended texts have no part."""
     if base_ratio == 0:
-        return None
+        return ()
     visibility = situation.tabulate(lambda q, k: float(q is k or not (is_appended(q, own) or is_appended(k, own))))
     whole = dict.fromkeys(("global", "phrase", "filling"), 1.0)
     share = {**whole, "image": base_ratio, "reference": base_ratio}
-    return Blend(visibility, situation.share(lambda group: share.get(group.kind, 0.0)))
+    return (Blend(visibility, situation.share(lambda group: share.get(group.kind, 0.0))),)

@@ -24,6 +24,7 @@ class Case:
         texts: region texts are in the sequence.
         base_ratio: share of the open pass.
         references: reference pictures in the sequence; region 0 is bound to the first.
+        mixes: in cross attention tokens of several regions read each text in a softmax of its own.
     """
 
     controls: Callable[[Sequence[Any]], list[Any]]
@@ -32,6 +33,7 @@ class Case:
     texts: bool = True
     base_ratio: float = 0.0
     references: int = 0
+    mixes: bool = False
 
     def scene(self) -> list[Any]:
         scene = regions(overlap=self.overlap is not None)
@@ -143,7 +145,8 @@ CASES = {
     "regions-open": Case(lambda r: [ac.Regions(r, global_text="open")], lambda r: [regional("open")]),
     "regions-none": Case(lambda r: [ac.Regions(r, global_text="none")], lambda r: [regional("none")]),
     "regions-soft": Case(lambda r: [ac.Regions(r, strength=0.7)], lambda r: [regional("background", lambda _: 0.7)]),
-    "regions-union": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")], overlap="union"),
+    "regions-union": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")], overlap="union", mixes=True),
+    "regions-mask": Case(lambda r: [ac.Regions(r, mixing="mask")], lambda r: [regional("background")], overlap="union"),
     "regions-priority": Case(
         lambda r: [ac.Regions(r, overlap="priority")], lambda r: [regional("background")], overlap="priority"
     ),

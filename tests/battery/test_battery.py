@@ -57,12 +57,25 @@ def passes(setting: Setting, case: Case, scene: list[Any], kinds: Kinds) -> Pass
     main = weights(queries, keys, *case.rules(scene))
     # in cross attention a query that would see nothing reads the prompt
     main[(main == 0).all(1)] = torch.tensor([float(token.kind == "global") for token in keys], dtype=torch.float64)
+    deep = max((len(token.members) for token in queries if token.kind == "image"), default=0)
+    if case.mixes and deep > 1 and "image" not in kinds.keys.split():
+        # a softmax for each text of a token, and their mean
+        turns = [[_in_turn(token, turn) for token in queries] for turn in range(deep)]
+        counts = torch.tensor([max(1, len(token.members)) for token in queries])
+        return [
+            (weights(turned, keys, *case.rules(scene)), (counts > turn) / counts) for turn, turned in enumerate(turns)
+        ]
     if not case.base_ratio:
         return [(main, None)]
     opened = weights(queries, keys, lambda q, k: float("text" not in (q.kind, k.kind)))
     shares = {"global": 1.0, "text": 0.0, "register": 0.0, "image": case.base_ratio, "reference": case.base_ratio}
     share = torch.tensor([shares[token.kind] for token in queries])
     return [(main, 1 - share), (opened, share)]
+
+
+def _in_turn(token: Token, turn: int) -> Token:
+    mine = sorted(token.members)
+    return replace(token, members=frozenset([mine[turn]])) if turn < len(mine) else token
 
 
 @every_row

@@ -214,7 +214,7 @@ def test_controls_that_do_not_fit_together() -> None:
     setting, scene = flux(), regions()
     with pytest.raises(ac.ControlError, match=r"'isolate' needs regions.*Regions\(\[\.\.\.\]\)"):
         ac.attach(setting.model, ac.Isolate())
-    with pytest.raises(ac.ControlError, match="2 controls of one layer ask for a base pass"):
+    with pytest.raises(ac.ControlError, match="2 controls of one layer mix passes"):
         controlled(setting, ac.Regions(scene, base_ratio=0.1), ac.Regions(scene, base_ratio=0.2))
     with pytest.raises(ac.ControlError, match=r"different numbers of samples: \[2, 3\]"):
         ac.attach(setting.model, [ac.Regions([scene] * 2), ac.Isolate([scene] * 3)])
