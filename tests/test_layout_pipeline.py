@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_mmdit_pipes
 import tiny_pipes
+import tiny_qwen_edit
 import torch
 from attnctrl.pipelines import LayoutPipeline, ScenePipeline, Subject
 from PIL import Image
@@ -261,6 +262,40 @@ def test_pipelines_with_references_of_their_own_get_them_bound(kind):
         pipe("a b", subjects, reference_positions="region", **options)
     with pytest.raises(SceneError, match="gives all samples of a batch the same references"):
         pipe(["a", "b"], [subjects, subjects], **{**options, "seeds": [1, 2]})
+
+
+def test_references_of_qwen_edit_are_its_own_and_belong_to_regions(monkeypatch):
+    """The pipeline brings all pictures to one area, and its language model reads them between the words of the prompt."""
+    home = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus"
+    monkeypatch.setattr(f"{home}.VAE_IMAGE_SIZE", 32 * 32)
+    monkeypatch.setattr(f"{home}.CONDITION_IMAGE_SIZE", 32 * 32)
+    pipe = LayoutPipeline.from_pipe(tiny_qwen_edit.qwen_edit_plus())
+    options = {"width": 32, "height": 32, "num_inference_steps": 1, "seeds": 1}
+    inside = []
+
+    def listen(_module, _args, told, output):
+        inside.append((told["img_shapes"], told["encoder_hidden_states"].shape[1], output[0].clone()))
+
+    with pipe.pipe.transformer.register_forward_hook(listen, with_kwargs=True):
+        picture = pipe(PROMPT, PAIR, true_cfg_scale=1.0, **options)[0]
+        bound, tokens, controlled = inside.pop()
+        pipe(
+            PROMPT,
+            [Subject("a", reference=RED), Subject("b", reference=BLUE)],
+            controls=[],
+            true_cfg_scale=1.0,
+            **options,
+        )
+        _, plain_tokens, plain = inside.pop()
+    assert bound[0][0] == (1, 2, 2)
+    assert len(bound[0]) == 3
+    assert "warning" not in picture.report
+    assert picture.record["report"]["controls"][1]["rows"] == [("cond", 0)]
+    # texts of regions are encoded by themselves: where words of the prompt stand depends on the pictures
+    assert tokens > plain_tokens
+    assert (controlled[:, :4] != plain[:, :4]).any()
+    with pytest.raises(SceneError, match="reads pictures together with the prompt"):
+        pipe(PROMPT, PAIR, text_encoding="joint", **options)
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd"])
