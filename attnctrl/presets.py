@@ -15,6 +15,7 @@ from typing import Any
 from .attach import parts_of
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
 from .controls.base import scenes_of
+from .controls.lamic import Hubs
 from .errors import ControlError
 from .families import family_of
 from .region import Overlap, Region
@@ -73,14 +74,19 @@ def lamic(regions: Any, *, overlap: Overlap = "union", words: Any = (), window: 
 
 
 def lamic_fixed(
-    regions: Any, *, overlap: Overlap = "union", words: Any = (), window: Window = (0.0, 0.5)
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    words: Any = (),
+    window: Window = (0.0, 0.5),
+    hubs: Hubs = "source",
 ) -> list[Control]:
     """LAMIC with our choices: prompt and padding carry nothing from one entity to another (they read texts alone), and
     regions stay apart for half of the denoising progress; so do references and regions in the branch of the negative
     prompt, where they would otherwise mix.
     """
     return [
-        GroupIsolation(regions, overlap=overlap, words=words, hubs="source"),
+        GroupIsolation(regions, overlap=overlap, words=words, hubs=hubs),
         RegionModulation(window=window),
         # in the prompt's branch this adds nothing to phase A
         Isolate(branch="all", window=window, background="shared", text=False),

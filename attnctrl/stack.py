@@ -14,7 +14,7 @@ from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
-from .layout import Frames, Slots, Words
+from .layout import Frames, Slots, Span, Words
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
@@ -151,8 +151,8 @@ class Stack:
         return any(not is_full(seat.control.window) for seat in self.seats)
 
     def texts(self, scene: int, active: Sequence[int]) -> list[tuple[int, Region]]:
-        """(number, region) whose text is appended when these seats act; regions of strength 0 are not there."""
-        regions = self.regions(scene)
+        """(number, region) for which tokens are appended when these seats act; regions of strength 0 are not there."""
+        regions, copies = self.regions(scene), self._copies(active)
         numbers = {
             number
             for index in active
@@ -162,8 +162,23 @@ class Stack:
         return [
             (number, regions[number])
             for number in sorted(numbers)
-            if regions[number].strength > 0 and not regions[number].spans
+            if regions[number].strength > 0 and (copies or not regions[number].spans)
         ]
+
+    def _copies(self, active: Sequence[int]) -> bool:
+        return any(self.seats[index].control.copies_filling for index in active)
+
+    def _told(self, scene: int, active: Sequence[int]) -> tuple[Span, ...]:
+        """The prompt's tokens that are no padding, as far as a control tells."""
+        controls = [self.seats[index].control for index in active]
+        return next((spans for control in controls if (spans := _nth(control.prompt_spans, scene))), ())
+
+    def filling(self, scene: int, active: Sequence[int], tokens: int) -> list[int]:
+        """Those of the prompt's tokens of which each region gets a copy behind its text: its padding, or none."""
+        if not self._copies(active):
+            return []
+        words = {token for start, stop in self._told(scene, active) for token in range(start, stop)}
+        return [token for token in range(tokens) if token not in words]
 
     def variants(
         self,
@@ -184,9 +199,14 @@ class Stack:
             (one variant per row, the slots for appended texts: one for all, or one for each n-th text when they are
             aligned).
         """
+        prompt = len(frames[0].ranges["text.global"])
+        copies = {row: len(self.filling(*row, prompt)) for row in dict.fromkeys(rows)}
         texts = {
-            row: [(f"text.region{number}", length(region)) for number, region in self.texts(*row)]
-            for row in dict.fromkeys(rows)
+            row: [
+                (f"text.region{number}", copies[row] + (0 if region.spans else length(region)))
+                for number, region in self.texts(*row)
+            ]
+            for row in copies
         }
         counts = {row: [count for _, count in found] for row, found in texts.items()}
         if not aligned:
@@ -220,8 +240,7 @@ class Stack:
         regions = self.regions(variant.scene)
         numbers = sorted(frozenset().union(*(self.own(control, variant.scene) for control in controls)))
         phrases = {number: tuple(regions[number].spans) for number in numbers if regions[number].spans}
-        told = (spans for control in controls if (spans := _nth(control.prompt_spans, variant.scene)))
-        return Words(phrases, next(told, ()))
+        return Words(phrases, self._told(variant.scene, variant.active))
 
     def _member(self, scene: int, grid: Grid | None) -> Tensor:
         if grid is None:

@@ -79,6 +79,11 @@ class Control:
         return ()
 
     @property
+    def copies_filling(self) -> bool:
+        """Each region gets a copy of the prompt's padding, as a part of its text."""
+        return False
+
+    @property
     def overlap_policy(self) -> Overlap:
         """What becomes of tokens in several of the declared regions."""
         return "union"

@@ -20,7 +20,7 @@ from .grouped import Grouped
 
 __all__ = ["GroupIsolation", "Hubs", "RegionModulation"]
 
-Hubs = Literal["relay", "source", "drop"]
+Hubs = Literal["relay", "source", "private", "drop"]
 
 GIA = Rules.parse("""
        S C P R U F O
@@ -45,6 +45,7 @@ RMA = Rules.parse("""
 _CUT: dict[Hubs, tuple[str, ...]] = {
     "relay": (),
     "source": tuple(q + k for q in "CP" for k in "RUFO"),
+    "private": ("PS", "PR", "PF", "SP", "RP", "FP"),
     "drop": ("PS", "PC", "PR", "PU", "PF", "PO", "SP", "CP", "RP", "UP", "FP", "OP"),
 }
 
@@ -68,11 +69,12 @@ class GroupIsolation(Grouped):
     `words` tells.
 
     C and P are read by all and read all, so they carry what entities must not tell each other from one block to the
-    next. hubs="relay" is the paper; with "source" C and P read texts alone; with "drop" nobody sees P.
+    next. hubs="relay" is the paper; with "source" C and P read texts alone; with "drop" nobody sees P; with "private"
+    each entity has a copy of P of its own, appended as a part of its text, and only C, U and O see the original.
 
     Attributes:
         words: tokens [start, stop) of the prompt that are no padding, or a list of them for each sample; () takes all
-            tokens for words.
+            tokens for words. "private" needs them.
         hubs: what prompt and padding may carry.
         table: another table, in the form that `attnctrl.rules.Rules.parse` reads.
     """
@@ -91,6 +93,15 @@ class GroupIsolation(Grouped):
         object.__setattr__(self, "words", _spans(self.words, self.name))
         if self.table:
             Rules.parse(self.table)
+        if self.hubs == "private" and not self.words:
+            raise ControlError(
+                f"'{self.name}': hubs='private' copies the prompt's padding for each region, and without words nothing "
+                "tells which tokens that is. Give words=attnctrl.phrase_spans(pipe, prompt, prompt)."
+            )
+
+    @property
+    def copies_filling(self) -> bool:
+        return self.hubs == "private"
 
     @property
     def prompt_spans(self) -> tuple[tuple[Span, ...], ...]:

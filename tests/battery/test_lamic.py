@@ -181,6 +181,47 @@ def test_the_same_text_in_the_prompt_or_appended_parts_the_same_tokens() -> None
     assert (one - other).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_private_hubs_are_a_copy_of_the_padding_for_each_region(batch: int) -> None:
+    """The copies are the row's own padding, belong to their region, and regions and the original do not see each other."""
+    setting, scene = flux(references=2, batch=batch), worded(bound=True)
+    plain = sequence(setting, scene)
+    copies = [("S", frozenset([r])) for r in range(3)]
+    tokens = [*plain[:8], *copies, *plain[8:]]
+    relay = truth(tokens, "B", "relay")
+    for i, q in enumerate(tokens):
+        for j, k in enumerate(tokens):
+            if {q[0], k[0]} & {"P"} and {q[0], k[0]} & set("SRF"):
+                relay[i, j] = 0
+    read = []
+    with (
+        ac.attach(setting.model, ac.GroupIsolation(scene, words=WORDS, hubs="private")),
+        setting.model.context_embedder.register_forward_pre_hook(lambda _m, args: read.append(args[0])),
+        probe() as calls,
+    ):
+        setting.run()
+    prompt = setting.inputs["encoder_hidden_states"]
+    assert torch.equal(read[0], torch.cat([prompt, prompt[:, 7:].expand(-1, 3, -1)], 1))
+    for call in calls:
+        assert (call.out - dense(call.query, call.key, call.value, (relay, None))).abs().max() < 1e-5
+
+
+def test_private_hubs_follow_texts_of_their_own_and_need_words() -> None:
+    setting, scene = flux(), regions()
+    scene[0] = worded()[0]
+    read = []
+    with (
+        ac.attach(setting.model, ac.GroupIsolation(scene, words=WORDS, hubs="private")),
+        setting.model.context_embedder.register_forward_pre_hook(lambda _m, args: read.append(args[0])),
+    ):
+        setting.run()
+    prompt, pad = setting.inputs["encoder_hidden_states"], setting.inputs["encoder_hidden_states"][:, 7:]
+    own = [one.prompt_embeds[None] for one in scene[1:]]
+    assert torch.equal(read[0], torch.cat([prompt, pad, own[0], pad, own[1], pad], 1))
+    with pytest.raises(ac.ControlError, match="without words nothing tells"):
+        ac.GroupIsolation(scene, hubs="private")
+
+
 def test_softness_keeps_words_of_the_prompt_readable() -> None:
     """Strength s leaves what is cut the weight 1 - s, words of regions included."""
     setting, scene = flux(), worded()
