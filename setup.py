@@ -10,7 +10,7 @@ setup(
     include_package_data=False,
     package_data={
         "attnctrl": ["py.typed"],
-        "attnctrl.examples": ["*.yaml"],
+        "attnctrl.examples": ["*.yaml", "masks/*.png", "references/*.png"],
         "attnctrl.assets": ["toy-*/**"],  # pictures for the docs stay in the repository
     },
 )

@@ -18,7 +18,7 @@ from attnctrl.scene import Scene, load_scene
 if TYPE_CHECKING:
     from PIL import Image
 
-EXAMPLES = ("two_shapes", "four_shapes")
+EXAMPLES = ("two_shapes", "four_shapes", "mask_drawn")
 SIDE = 240
 ROWS = ((False, "prompt alone"), (True, "with boxes"))
 

@@ -73,7 +73,7 @@ def test_toy_models_and_scenes_are_package_data():
     for model in (ROOT / "assets").glob("toy-*"):
         wanted = {path for path in model.rglob("*") if path.is_file()}
         assert wanted <= assets, f"files of {model.name} would not be installed"
-    assert data["attnctrl.examples"] == ["*.yaml"]
+    assert data["attnctrl.examples"] == ["*.yaml", "masks/*.png", "references/*.png"]
 
 
 def test_versions_agree():

@@ -113,7 +113,7 @@ RECIPE = Recipe(
     silent=lambda name: ("norm" in name and "linear" in name) or name.startswith("proj_out"),
     references=True,
     settings={
-        **SETTINGS, "guidance_scale": 1.0, "true_cfg_scale": 3.0, "max_sequence_length": text.MAX_LENGTH,
+        **SETTINGS, "guidance_scale": 1.0, "true_cfg_scale": 5.0, "max_sequence_length": text.MAX_LENGTH,
         "reference_size": [REFERENCE_SIZE, REFERENCE_SIZE],
     },
 )  # fmt: skip

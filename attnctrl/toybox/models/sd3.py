@@ -78,5 +78,5 @@ RECIPE = Recipe(
     predict=_predict,
     hear=_hear,
     silent=lambda name: ("norm" in name and "linear" in name) or name.startswith("proj_out"),
-    settings={**SETTINGS, "guidance_scale": 3.0, "max_sequence_length": text.MAX_LENGTH},
+    settings={**SETTINGS, "guidance_scale": 5.0, "max_sequence_length": text.MAX_LENGTH},
 )
