@@ -91,8 +91,8 @@ class LayoutPipeline(Wrapper):
             subjects: what stands where.
             background: what is outside all boxes and masks; one text for all layouts, or one for each.
             negative_prompt: what guidance moves away from; one for all, or one for each.
-            preset: name of a stack of controls, see `attnctrl.presets`; "layout" if left out, and "texts" on UNets,
-                whose coarse levels are hurt by isolation (measured, see docs/layout.md).
+            preset: name of a stack of controls, see `attnctrl.presets`; if left out, "references" where subjects have
+                some, else "layout", or "texts" on UNets, whose coarse levels isolation hurts (see docs/layout.md).
             controls: instead of a preset: a list (its `Regions` hold what they hold), or a function of the regions of
                 each layout; [] for none.
             overlap: what becomes of tokens in several places, for presets.
@@ -141,7 +141,8 @@ class LayoutPipeline(Wrapper):
                 f"one of {able}."
             )
         regions = [self.regions(scene) for scene in scenes]
-        preset = preset or default_preset(self.pipe)
+        shown = any(region.reference is not None for own in regions for region in own)
+        preset = preset or ("references" if shown else default_preset(self.pipe))
         acting = _controls(preset, regions, overlap) if controls is None else _given(controls, regions)
         scenes = [
             scene.replace(controls=_entries(_controls(preset, [own], overlap) if controls is None else acting))

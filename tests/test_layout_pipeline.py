@@ -58,7 +58,7 @@ def test_a_batch_of_two_layouts_equals_the_two_one_by_one(pipe):
         assert np.abs(pixels(one) - pixels(two)).max() <= 1
         assert one.record["scene"] == two.record["scene"]
     assert np.abs(pixels(together[0]) - pixels(together[2])).max() > 20
-    assert together[0].record["report"]["controls"][0]["rows"] == [("cond", 0), ("cond", 1)]
+    assert together[0].record["report"]["controls"][1]["rows"] == [("cond", 0), ("cond", 1)]
 
 
 def test_a_record_makes_the_picture_again(pipe, tmp_path):
@@ -121,7 +121,7 @@ def test_texts_are_words_of_the_prompt_or_encoded_by_themselves(pipe):
 
     def spans(regions):
         seen.append([region.spans for region in regions[0]])
-        return ac.preset("layout", regions)
+        return ac.preset("references", regions)
 
     lengths = []
     with pipe.pipe.transformer.transformer_blocks[0].attn.register_forward_pre_hook(
@@ -165,7 +165,7 @@ def test_controls_are_a_preset_a_list_or_a_function(pipe):
 
     def same(regions):
         assert [region.reference for region in regions[0]] == [0, 1]
-        return [ac.GroupIsolation(regions), ac.Isolate(window=(0, 0.5), background="shared")]
+        return [ac.Isolate(branch="all"), ac.GroupIsolation(regions, reference_weight=4.0)]
 
     assert (pixels(pipe(PROMPT, PAIR, controls=same)[0]) == preset).all()
     bare = pipe(PROMPT, PAIR, controls=[])[0]

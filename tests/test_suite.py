@@ -13,7 +13,7 @@ from attnctrl.metrics.frechet import frechet_distance
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.suite import COMMON, Options, Picture, build_controls, diversity, measure, time_ratio
-from attnctrl.toybox.suites_layout import LAYOUT, VARIANTS, default_layout
+from attnctrl.toybox.suites_layout import LAYOUT, VARIANTS, worded_preset
 from attnctrl.toybox.suites_run import Runner
 
 
@@ -148,7 +148,7 @@ def test_controls_of_a_batch_have_the_regions_of_each_picture(runner):
 def test_layouts_are_measured_as_the_pipeline_draws_them(runner):
     """Regions own words of the prompt: "a blue heart left, a red star right, ..." has five tokens each and a comma."""
     pictures = [LAYOUT.pictures(*LAYOUT.task("test", index))[0] for index in range(2)]
-    isolate, regions = build_controls(default_layout, runner, pictures)
+    isolate, regions = build_controls(worded_preset, runner, pictures)
     assert (isolate.name, isolate.window, isolate.background) == ("isolate", (0.0, 0.5), "shared")
     assert regions.name == "group_isolation"
     for scene, picture in zip(regions.regions, pictures, strict=True):

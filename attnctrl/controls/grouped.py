@@ -31,18 +31,23 @@ class Grouped(Control):
         overlap: policy for its own `regions`; declared ones keep the policy of the control that declares them. "union",
             tokens in several regions are in all of them; "priority", later regions lie on top; "background", such
             tokens belong to none.
+        reference_weight: w >= 0: the reference of a region counts w times to its image tokens (log-weight log w), as if
+            it were there w times; 1 is as the model has it. What region tokens read of a picture shrinks with each
+            picture, text and region that share their attention; more than 1 makes up for it.
     """
 
     needs_regions: ClassVar[bool] = True
 
     regions: Sequence[Region] | Sequence[Sequence[Region]] = ()
     overlap: Overlap = field(default="union", kw_only=True)
+    reference_weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         scenes = scenes_of(self.regions, self.name)
         object.__setattr__(self, "regions", scenes[0] if len(scenes) == 1 else scenes)
         self._check_choice("overlap", Overlap)
+        self._check_range("reference_weight", 0, 1000)
 
     @property
     def scenes(self) -> Scenes:
@@ -77,13 +82,23 @@ class Grouped(Control):
                 to_text = self.appends_text and not is_appended(q, own)
                 cut = 0.0 if self.appends_text else 1 - self.strength
                 return (self._strength(situation, k.members) if to_text else 1.0) if sees else cut
-            return 1.0 if sees else 1 - self._strength(situation, (q.members | k.members) & own)
+            if sees:
+                shown = k.kind == "reference" and q.kind == "image"
+                return self._of_reference(situation, q.members & k.members & own) if shown else 1.0
+            return 1 - self._strength(situation, (q.members | k.members) & own)
 
         return weight
 
     def present(self, situation: Situation, own: frozenset[int]) -> frozenset[int]:
         """Regions of strength 0 are not there for controls that bring their texts: their tokens are background."""
         return frozenset(r for r in own if situation.regions[r].strength > 0) if self.appends_text else own
+
+    def _of_reference(self, situation: Situation, members: frozenset[int]) -> float:
+        """How often a reference counts to tokens of its regions: `reference_weight`, softened as everything else."""
+        if not members:
+            return 1.0
+        strength = self._strength(situation, members)
+        return 1 - strength + strength * self.reference_weight
 
     def _strength(self, situation: Situation, members: frozenset[int]) -> float:
         if not self.appends_text:

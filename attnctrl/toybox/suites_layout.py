@@ -118,11 +118,11 @@ def _pictures(task: Task, seed: int) -> list[Picture]:
     return [Picture(task.prompt, seed, task.regions, worded=task.worded)]
 
 
-def default_layout(runner: Runner, pictures: Sequence[Picture]) -> list[Control]:
-    """What acts: the default of `LayoutPipeline`, its texts words of the prompt."""
+def worded_preset(runner: Runner, pictures: Sequence[Picture], name: str = "", **options: Any) -> list[Control]:
+    """The preset called `name`, else the default of `LayoutPipeline`, with texts that are words of the prompt."""
     length = runner.max_sequence_length
     scenes = [in_prompt(runner.pipe, one.prompt, one.worded, max_sequence_length=length) for one in pictures]
-    return preset(default_preset(runner.pipe), scenes)
+    return preset(name or default_preset(runner.pipe), scenes, **options)
 
 
 def layout_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
@@ -224,7 +224,7 @@ LAYOUT = Suite(
         "seam": "lower",
     },
     fidelity=fidelity,
-    controls=default_layout,
+    controls=worded_preset,
     variants=VARIANTS,
 )
 ISOLATION = Suite(
@@ -242,6 +242,6 @@ ISOLATION = Suite(
         "seam": "lower",
     },
     fidelity=fidelity,
-    controls=default_layout,
+    controls=worded_preset,
     variants=VARIANTS,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -21,8 +22,8 @@ from .data import REFERENCE_SIZE
 from .detect import color_detections
 from .embed import identity_embedding
 from .scorer import Expected, Found, Reading, match, read_picture
-from .suite import Acting, Fields, Images, Picture, Suite
-from .suites_layout import told_share
+from .suite import Acting, Images, Picture, Suite
+from .suites_layout import told_share, worded_preset
 from .suites_run import Positions
 
 _BOXES: dict[str, Box] = {
@@ -41,15 +42,12 @@ _PLACES: dict[int, tuple[str, ...]] = {
 }
 """Where several things go: they share the whole canvas, in the same places in all tasks."""
 COUNTS = (1, *_PLACES)
-CONTROLS: Fields = {"isolate": {"branch": "all"}, "regions": {}}
-"""What acts: isolation to the end, in both branches. A reference belongs to one region, so regions that see each other
-mix references, be it in the branch that guidance moves away from.
-"""
 VARIANTS: Mapping[str, Acting] = {
-    "prompt_branch": {"isolate": {}, "regions": {}},
-    "lamic": {"group_isolation": {}, "region_modulation": {"window": (0.0, 0.05)}},
+    "weight_1": partial(worded_preset, name="references", reference_weight=1.0),
+    "lamic": partial(worded_preset, name="lamic"),
+    "separate": {"isolate": {"branch": "all"}, "regions": {}},
 }
-"""What else can be measured: isolation in the prompt's branch alone, and LAMIC as published but for its joint text."""
+"""What else can be measured: references that count once, LAMIC as published, and texts encoded each by itself."""
 POSITIONS: Positions = "corner"
 
 
@@ -212,6 +210,6 @@ REFERENCES = Suite(
     values=values,
     better={name + _suffix(count): way for count in COUNTS for name, way in _BETTER.items()},
     fidelity=fidelity,
-    controls=CONTROLS,
+    controls=partial(worded_preset, name="references"),
     variants=VARIANTS,
 )

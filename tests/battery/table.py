@@ -140,6 +140,23 @@ def isolating(
     return rule
 
 
+def softened(rule: Rule, cut: float) -> Rule:
+    """What the rule cuts keeps some weight, and texts of regions have as much."""
+
+    def soft(q: Token, k: Token) -> float:
+        sees = rule(q, k)
+        if "text" in (q.kind, k.kind):
+            return sees * (1 - cut if k.kind == "text" and q.kind != "text" else 1.0)
+        return sees or cut
+
+    return soft
+
+
+def weighted(weight: float) -> Rule:
+    """A reference counts so often to the image tokens of its regions."""
+    return lambda q, k: weight if (q.kind, k.kind) == ("image", "reference") and q.members & k.members else 1.0
+
+
 CASES = {
     "regions": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")]),
     "regions-open": Case(lambda r: [ac.Regions(r, global_text="open")], lambda r: [regional("open")]),
@@ -157,6 +174,11 @@ CASES = {
         lambda r: [ac.Regions(r, global_text="none", base_ratio=0.3)], lambda r: [regional("none")], base_ratio=0.3
     ),
     "regions-reference": Case(lambda r: [ac.Regions(r)], lambda r: [regional("background")], references=2),
+    "regions-weighted": Case(
+        lambda r: [ac.Regions(r, reference_weight=3.0), ac.Isolate()],
+        lambda r: [regional("background"), isolating("isolated"), weighted(3.0)],
+        references=2,
+    ),
     "isolate": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False),
     "isolate-reads-all": Case(
         lambda r: [ac.Isolate(r, background="reads_all")], lambda r: [isolating("reads_all")], texts=False
@@ -183,6 +205,11 @@ CASES = {
     "lamic-source": Case(lambda r: [ac.GroupIsolation(r, hubs="source")], lambda r: [lamic("B", "source")]),
     "lamic-reference": Case(
         lambda r: [ac.GroupIsolation(r), ac.RegionModulation(window=(0, 1))], lambda r: [lamic("A")], references=2
+    ),
+    "lamic-weighted": Case(
+        lambda r: [ac.GroupIsolation(r, reference_weight=0.5, strength=0.5)],
+        lambda r: [softened(lamic("B"), 0.5), weighted(0.75)],
+        references=2,
     ),
     "stack": Case(
         lambda r: [ac.Isolate(background="reads_all"), ac.Regions(r)],
