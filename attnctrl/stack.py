@@ -121,8 +121,8 @@ class Stack:
             start = stop
         return frozenset(numbers)
 
-    def active(self, moment: Moment, branch: str | None) -> tuple[int, ...]:
-        """Numbers of the seats that act now.
+    def active(self, moment: Moment, branch: str | None, observing: bool = False) -> tuple[int, ...]:
+        """Numbers of the seats that act now; of those that only observe, if `observing`.
 
         Raises:
             ScheduleError: when a window needs a position that is unknown.
@@ -131,6 +131,8 @@ class Stack:
         chosen = []
         for number, seat in enumerate(self.seats):
             control = seat.control
+            if control.observes is not observing:
+                continue
             if control.branch != "all":
                 if branch is None:
                     raise ControlError(
