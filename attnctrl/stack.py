@@ -149,8 +149,8 @@ class Stack:
         return tuple(chosen)
 
     def needs_position(self) -> bool:
-        """Some window depends on where in the run a forward stands."""
-        return any(not is_full(seat.control.window) for seat in self.seats)
+        """Some window depends on where in the run a forward stands, or an observer counts steps."""
+        return any(seat.control.observes or not is_full(seat.control.window) for seat in self.seats)
 
     def texts(self, scene: int, active: Sequence[int]) -> list[tuple[int, Region]]:
         """(number, region) whose text is appended when these seats act; regions of strength 0 are not there."""

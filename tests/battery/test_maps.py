@@ -313,3 +313,60 @@ def test_6_prompts_find_their_own_words_with_guidance_on_and_off(name: str) -> N
         assert torch.allclose(both["it"][2 * number : 2 * number + 2], alone["it"], atol=1e-5)
         spans = ac.phrase_spans(pipe, prompt, "red circle", **length)
         assert torch.equal(run([prompt], {"it": spans}, (number,), **off)["it"], alone["it"])
+
+
+@pytest.mark.parametrize("name", PIPES)
+@pytest.mark.parametrize(("window", "steps"), [((0.0, 1.0), (0, 1, 2)), ((0.5, 1.0), (1, 2))])
+def test_every_step_counts_once_and_a_further_run_begins_anew(name: str, window: Any, steps: Any) -> None:
+    """Schedulers with and without a step of their own; the mean over steps is that of the steps one by one."""
+    pipe, prompt = PIPES[name](), "a red circle left"
+    length: Any = {} if name == "sd" else {"max_sequence_length": 24}
+    size = {"height": 16, "width": 24} if name == "sd" else {"height": 32, "width": 48}
+
+    def run(**options: Any) -> maps.Recording:
+        return maps.record(pipe, ["red circle"], prompt=prompt, **length, **options)
+
+    singles = [run(window=(n / 3 + 0.1, n / 3 + 0.2)) for n in steps]
+    with run(window=window) as found:
+        for seed in (7, 0):
+            generator = torch.Generator().manual_seed(seed)
+            pipe(prompt, num_inference_steps=3, generator=generator, output_type="latent", **length, **size)
+    for single in singles:
+        single.detach()
+    assert found.steps == steps
+    mean = torch.stack([single["red circle"] for single in singles]).mean(0)
+    assert torch.allclose(found["red circle"], mean, atol=1e-6)
+    assert found.masses("red circle").shape == (len(steps), 1)
+    assert torch.allclose(found.masses("red circle").mean(), found["red circle"].mean(), atol=1e-3)
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    setting = FAMILIES["flux"]()
+    with pytest.raises(ac.LayoutError, match=r"give record\(..., prompt=...\)"):
+        record(setting, ["a cat"])
+    with pytest.raises(ac.LayoutError, match="There is no group of keys"):
+        record(setting, {})
+    with pytest.raises(ac.ControlError, match="over must be 'mean', 'last' or a share"):
+        record(setting, over=1.5)
+    with pytest.raises(ac.ControlError, match="branch must be one of cond, uncond"):
+        record(setting, branch="all")
+    with record(setting, {"text": "text", "first": "reference.0"}, layers="single") as found:
+        with pytest.raises(ac.ControlError, match="Nothing has been read yet"):
+            _ = found.grid
+        setting.run()
+    with pytest.raises(ac.ControlError, match="There is no group 'cat' in this record; it has text, first"):
+        _ = found["cat"]
+    with pytest.raises(ac.ControlError, match="'first' was not read"):
+        _ = found["first"]
+    with (
+        maps.record(setting.model, GROUPS, prompt=["a", "b"]),
+        pytest.raises(ac.LayoutError, match="2 prompts, but branch 'cond' has 1 rows"),
+    ):
+        setting.run()
+
+
+def test_a_compiled_model_is_refused() -> None:
+    setting = FAMILIES["flux"]()
+    setting.model.compile(backend="eager")
+    with record(setting), pytest.raises(ac.UnsupportedModelError, match="cannot be recorded inside compiled code"):
+        setting.run()
