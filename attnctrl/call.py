@@ -5,11 +5,12 @@ key, value) -> sources (further keys and values) -> visibility (who sees whom) -
 list order inside a stage; visibilities add up to one plan and one execution.
 
 A `Situation` is what a control knows when it is asked for its part: one sample's sequence in one phase of the run. An
-`Act` is the ready plan that hangs on a layer while the model runs.
+`Act` is the ready plan that hangs on a layer while the model runs. A `Probe` watches a call and changes nothing.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ from .layout import Frame, Group, Layout, Words, partition
 from .region import Region
 from .visibility import Visibility, compose
 
-__all__ = ["Act", "Blend", "Row", "Situation", "build_passes", "build_plan"]
+__all__ = ["Act", "Blend", "Probe", "Row", "Situation", "build_passes", "build_plan", "of_rows", "per_sample"]
 
 
 @dataclass(frozen=True)
@@ -174,15 +175,25 @@ def _weighted(visibility: Visibility, share: Tensor) -> Pass:
     return Pass(visibility, torch.where(first >= 0, share[first], 0.0))
 
 
+class Probe(Protocol):
+    """What watches the kernel calls of a layer; it gets the very tensors that the kernel gets and must not write."""
+
+    def look(self, query: Tensor, key: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None) -> None:
+        """Watch one call; arguments as in `Act.run`."""
+
+
 class Act:
     """What a layer does during one forward: for each set of rows a plan, or the untouched kernel.
 
     Attributes:
-        parts: (rows int64 [n] or None for all, plan or None for untouched).
+        parts: (rows int64 [n] or None for all, plan or None for untouched); () leaves the layer's own call as it is.
         tokens: numbers of (queries, keys) that the plans are made for.
         call: which of the module's kernel calls is meant; the others, such as those that read an IP-Adapter's
             pictures, stay as they are.
+        probes: what watches that call.
     """
+
+    probes: tuple[Probe, ...] = ()
 
     def __init__(
         self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: tuple[int, int], call: int = 0
@@ -192,6 +203,12 @@ class Act:
         self.call = call
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
+
+    def watched(self, probes: Sequence[Probe]) -> Act:
+        """The same with `probes` besides its own."""
+        made = copy.copy(self)
+        made.probes = (*self.probes, *probes)
+        return made
 
     @property
     def executors(self) -> tuple[str, ...]:
@@ -227,17 +244,17 @@ class Act:
                 "of the control's `layers`."
             )
         if mask is not None:
-            mask = _per_sample(mask, query.shape[0], self.tokens)
+            mask = per_sample(mask, query.shape[0], self.tokens)
         if self._order is None:
             return _run_part(self.parts[0][1], query, key, value, mask, kernel, scale)
         outputs = [
-            _run_part(part, query[rows], key[rows], value[rows], _of_rows(mask, rows), kernel, scale)
+            _run_part(part, query[rows], key[rows], value[rows], of_rows(mask, rows), kernel, scale)
             for rows, part in self.parts
         ]
         return torch.cat(outputs)[self._order]
 
 
-def _per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
+def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
     """A mask of the model as [B or 1, H or 1, Tq or 1, Tk or 1].
 
     Raises:
@@ -257,7 +274,8 @@ def _per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
     return mask
 
 
-def _of_rows(mask: Tensor | None, rows: Tensor | None) -> Tensor | None:
+def of_rows(mask: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
+    """The part of a mask [B or 1, ...] that belongs to some rows."""
     return mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]
 
 

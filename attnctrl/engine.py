@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Seat, Stack, Variant
 from .tap import Tap, check_model, execution_device, is_compiled
+from .watch import watched
 
 __all__ = ["Engine", "Entry", "engine_of"]
 
@@ -176,10 +178,12 @@ class Engine:
         branches = self._branches(arguments, scheduler)
         rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
+        watching = {name: self.stack.active(moment, name, observing=True) for name in active}
         self._note(branches, (present, *active.values()))
-        if not any(active.values()):
+        if not any(active.values()) and not any(watching.values()):
             return None
-        return self._control(arguments, [(row, active[row.branch]) for row in rows], moment, present)
+        acting = [(row, active[row.branch]) for row in rows]
+        return self._control(arguments, acting, [watching[row.branch] for row in rows], moment, present)
 
     def after(self, finished: bool) -> None:
         """Account for the forward that ended.
@@ -216,12 +220,14 @@ class Engine:
             seat.rows.update(row for row, seats in acting if number in seats)
             if moment.step is not None:
                 seat.steps.add(moment.step)
-            seat.plans.update(plan.explain() for act in mine.values() for _, plan in act.parts if plan is not None)
+            plans = [plan for act in mine.values() for _, plan in act.parts if plan is not None]
+            seat.plans.update(plan.explain() for plan in plans if not seat.control.observes)
 
     def _control(
         self,
         arguments: dict[str, Any],
         acting: list[tuple[Row, tuple[int, ...]]],
+        watching: list[tuple[int, ...]],
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
@@ -231,7 +237,7 @@ class Engine:
                 "Gradient checkpointing runs layers again after the forward has ended, without its controls. Call "
                 "model.disable_gradient_checkpointing(), or run under torch.no_grad()."
             )
-        if len(set(rows)) > 1 and self.tap.halves_batches():
+        if (len(set(rows)) > 1 or any(watching)) and self.tap.halves_batches():
             raise UnsupportedModelError(
                 "FasterCache runs some steps on the prompt's half of the batch, and these controls tell its rows apart "
                 "from the others. Give them branch='all', or the cache is_guidance_distilled=True, which keeps the "
@@ -245,13 +251,23 @@ class Engine:
         if appended := slots.tokens:
             texts = self._texts(self.family.text(arguments), variants, appended)
             arguments = self.family.append_text(arguments if position is None else position(arguments, slots), texts)
-        acts = self.stack.acts(variants, device, present, self._host(device))
+        host = self._host(device)
+        acts = self.stack.acts(variants, device, present, host)
+        if any(watching):
+            if is_compiled(self.model):
+                raise UnsupportedModelError(
+                    "Attention cannot be recorded inside compiled code. Record before the model or its blocks are "
+                    "compiled, or on a copy that is not."
+                )
+            made = functools.partial(self.stack.acts, device=device, present=present, host=host)
+            acts = watched(acts, self.layers, self.stack.seats, variants, watching, made, moment, device)
         self._warn_of_masks(acts)
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})
         left_out = perturbed | {layer.name for layer in self.layers if layer.index in skipped}
-        self._pending = (acts, moment, left_out, acting)
+        took_part = [(row, (*on, *eyes)) for (row, on), eyes in zip(acting, watching, strict=True)]
+        self._pending = (acts, moment, left_out, took_part)
         return arguments
 
     def _host(self, device: torch.device) -> Host:

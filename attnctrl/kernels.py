@@ -207,8 +207,11 @@ def _meet_dispatched(frame: list[Any], name: str, original: Callable[..., Tensor
         _tell_of_native(name)
         return _native()(**given).transpose(1, 2)
 
+    act, mask, scale = frame[0], call.get("attn_mask"), call.get("scale")
     query, key, value = (call[part].transpose(1, 2) for part in ("query", "key", "value"))
-    return frame[0].run(query, key, value, call.get("attn_mask"), kernel, call.get("scale")).transpose(1, 2)
+    for probe in act.probes:
+        probe.look(query, key, mask, kernel, scale)
+    return act.run(query, key, value, mask, kernel, scale).transpose(1, 2) if act.parts else original(**call)
 
 
 known_maskless: set[str] = set()
@@ -254,7 +257,12 @@ def _met_functional() -> types.ModuleType:
             given = call if scale is None else {**call, "scale": scale}
             return original(q, k, v, None if mask is None else _four(mask), *args, **given)
 
-        return _scope.frames[-1][0].run(query, key, value, attn_mask, kernel, call.get("scale"))
+        act, scale = _scope.frames[-1][0], call.get("scale")
+        for probe in act.probes:
+            probe.look(query, key, attn_mask, kernel, scale)
+        if act.parts:
+            return act.run(query, key, value, attn_mask, kernel, scale)
+        return original(query, key, value, attn_mask, *args, **call)
 
     copy.scaled_dot_product_attention = met  # type: ignore[attr-defined]
     return copy

@@ -18,7 +18,19 @@ from torch import Tensor
 from .errors import LayoutError
 from .region import Grid, Region, by
 
-__all__ = ["Frame", "Frames", "Group", "Layout", "Measures", "Slots", "Span", "TokenRange", "Words", "partition"]
+__all__ = [
+    "Frame",
+    "Frames",
+    "Group",
+    "Layout",
+    "Measures",
+    "Slots",
+    "Span",
+    "TokenRange",
+    "Words",
+    "marked",
+    "partition",
+]
 
 Kind = Literal["global", "phrase", "filling", "region_text", "pad", "image", "reference", "register"]
 Span = tuple[int, int]
@@ -285,7 +297,7 @@ class Words:
         found: list[tuple[Tensor, Group]] = []
         left = torch.ones(tokens, dtype=torch.bool)
         for number, spans in self.phrases.items():
-            mine = _marked(spans, tokens, f"Region '{regions[number].label}'")
+            mine = marked(spans, tokens, f"Region '{regions[number].label}'")
             if bool((mine & ~left).any()):
                 raise LayoutError(
                     f"Region '{regions[number].label}': its words of the prompt, tokens {list(spans)}, are those of "
@@ -293,12 +305,13 @@ class Words:
                 )
             left &= ~mine
             found.append((mine, Group("phrase", number, frozenset([number]), f"words of {regions[number].label}")))
-        words = _marked(self.all, tokens, "The prompt") if self.all else torch.ones(tokens, dtype=torch.bool)
+        words = marked(self.all, tokens, "The prompt") if self.all else torch.ones(tokens, dtype=torch.bool)
         rest = [(left & words, Group("global", name="prompt")), (left & ~words, Group("filling", name="filling"))]
         return [(mine, group) for mine, group in (*found, *rest) if bool(mine.any())]
 
 
-def _marked(spans: Sequence[Span], tokens: int, whose: str) -> Tensor:
+def marked(spans: Sequence[Span], tokens: int, whose: str) -> Tensor:
+    """bool [tokens]: those of the spans. Raises `LayoutError` when one lies outside."""
     marked = torch.zeros(tokens, dtype=torch.bool)
     for start, stop in spans:
         if not 0 <= start < stop <= tokens:

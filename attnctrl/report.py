@@ -97,7 +97,9 @@ def _alive(engine: Any, entry: Any) -> Report:
 
 
 def arrived(engine: Any, entry: Any) -> None:
-    """An entry came: `report` tells of it, and keeps neither it nor its model alive."""
+    """An entry came: `report` tells of it unless it only observes, and keeps neither it nor its model alive."""
+    if entry.controls and all(control.observes for control in entry.controls):
+        return
     last = _recent[-1][1]() if _recent and not isinstance(_recent[-1], Report) else None
     # a pipeline with two denoisers has an entry on each
     if last is None or last.pipe is None or last.pipe is not entry.pipe or last.controls is not entry.controls:

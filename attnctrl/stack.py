@@ -121,8 +121,8 @@ class Stack:
             start = stop
         return frozenset(numbers)
 
-    def active(self, moment: Moment, branch: str | None) -> tuple[int, ...]:
-        """Numbers of the seats that act now.
+    def active(self, moment: Moment, branch: str | None, observing: bool = False) -> tuple[int, ...]:
+        """Numbers of the seats that act now; of those that only observe, if `observing`.
 
         Raises:
             ScheduleError: when a window needs a position that is unknown.
@@ -131,6 +131,8 @@ class Stack:
         chosen = []
         for number, seat in enumerate(self.seats):
             control = seat.control
+            if control.observes is not observing:
+                continue
             if control.branch != "all":
                 if branch is None:
                     raise ControlError(
@@ -147,8 +149,8 @@ class Stack:
         return tuple(chosen)
 
     def needs_position(self) -> bool:
-        """Some window depends on where in the run a forward stands."""
-        return any(not is_full(seat.control.window) for seat in self.seats)
+        """Some window depends on where in the run a forward stands, or an observer counts steps."""
+        return any(seat.control.observes or not is_full(seat.control.window) for seat in self.seats)
 
     def texts(self, scene: int, active: Sequence[int]) -> list[tuple[int, Region]]:
         """(number, region) for which tokens are appended when these seats act; regions of strength 0 are not there."""

@@ -16,7 +16,7 @@ from shell import SCENE, SIZE, save_tiny
 from attnctrl import files, provenance
 from attnctrl.cli import run
 
-COMMANDS = ("generate", "check", "demo", "eval", "bench execute", "bench idle", "env")
+COMMANDS = ("generate", "check", "demo", "maps", "eval", "bench execute", "bench idle", "env")
 
 
 @pytest.fixture(scope="module")

@@ -44,3 +44,14 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     scene, record = provenance.restore(tmp_path / "out" / "layout.png")
     assert [region.reference for region in scene.regions()] == [0, 1]
     assert record["controlled"] is True
+
+
+def test_the_page_of_maps_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("maps.md"):
+        exec(block, names)
+    assert len(blocks("maps.md")) == 2
+    assert (tmp_path / "maps.png").is_file()
+    assert names["mask"].any()
+    assert names["shares"].masks.shape == names["grown"].masks.shape == (2, *names["found"].grid)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli import bench, check, demo, env, evaluate, generate
+from attnctrl.cli import bench, check, demo, env, evaluate, generate, maps
 from attnctrl.cli.output import note, show_warning
 
 FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
+app.command("maps")(maps.maps)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(bench.app, name="bench")
 app.command("env")(env.env)

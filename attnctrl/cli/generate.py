@@ -79,7 +79,7 @@ def generate(
     for job in jobs:
         wanted = (job.model, _dtype(dtype, job))
         if wanted != loaded:
-            pipe, loaded = _load(job, device, wanted[1]), wanted
+            pipe, loaded = load(job.model, device, wanted[1]), wanted
         controlled = not no_control and bool(job.record.get("controlled", True))
         for number, (seed_now, target) in enumerate(job.targets.items(), 1):
             started = time.perf_counter()
@@ -157,13 +157,14 @@ def _dtype(asked: Dtype | None, job: _Job) -> str | None:
     return asked.value if asked else recorded if recorded in Dtype.__members__ else None
 
 
-def _load(job: _Job, device: str | None, dtype: str | None) -> Any:
+def load(model: Model, device: str | None, dtype: str | None) -> Any:
+    """The pipeline of a model for scenes. Raises `typer.BadParameter` for a device that is not there."""
     import torch
 
     from attnctrl.pipelines import ScenePipeline
 
     checked = check_device(device)
-    return ScenePipeline.from_pretrained(job.model, device=checked, dtype=getattr(torch, dtype) if dtype else None)
+    return ScenePipeline.from_pretrained(model, device=checked, dtype=getattr(torch, dtype) if dtype else None)
 
 
 def check_device(device: str | None) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from ..call import Blend, Situation
+from ..call import Blend, Probe, Situation
 from ..errors import ControlError
 from ..layout import Span
 from ..region import Overlap, Region
 from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
 from ..select import Selector
 from ..visibility import Visibility
+from ..watch import View
 
 __all__ = ["CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
 
@@ -45,6 +46,8 @@ class Control:
     """Of a document's regions: this control declares them for the whole stack."""
     appends_text: ClassVar[bool] = False
     """The texts of its regions are appended to the model's text sequence while the control acts."""
+    observes: ClassVar[bool] = False
+    """It only watches kernel calls, see `probes`; no part of documents."""
 
     layers: Selector = None
     window: Window = (0.0, 1.0)
@@ -53,7 +56,7 @@ class Control:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
+        if cls.name and not cls.observes:
             CONTROLS[cls.name] = cls
 
     def __post_init__(self) -> None:
@@ -95,6 +98,10 @@ class Control:
     def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
         """Further passes to mix in."""
         return ()
+
+    def probes(self, view: View) -> Mapping[str, Probe]:
+        """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form; fields at their default are left out."""

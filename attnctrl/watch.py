@@ -1,0 +1,94 @@
+"""Observing seats: what they are told of a forward that begins, and their probes on the acts of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .call import Act
+from .layout import Frames
+from .schedule import Moment
+from .select import Layer
+
+if TYPE_CHECKING:
+    from .stack import Acts, Seat, Variant
+
+__all__ = ["View", "watched"]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One forward, as an observing control is told of it.
+
+    Attributes:
+        layers: those that it selected, in forward order.
+        rows: its rows of the batch, which stand in a row: those of one guidance branch.
+        batch: number of all rows.
+        frames: the token ranges of each of its rows.
+        acts: () -> by layer, what acts on these rows, numbered from 0; layers that are not named run untouched.
+        moment: where the forward stands in the run.
+        device: where the model computes.
+    """
+
+    layers: tuple[Layer, ...]
+    rows: slice
+    batch: int
+    frames: tuple[Frames, ...]
+    acts: Callable[[], Mapping[str, Act]]
+    moment: Moment
+    device: torch.device
+
+
+def watched(
+    acts: Acts,
+    layers: Sequence[Layer],
+    seats: Sequence[Seat],
+    variants: Sequence[Variant],
+    watching: Sequence[tuple[int, ...]],
+    acts_of: Callable[[Sequence[Variant]], Acts],
+    moment: Moment,
+    device: torch.device,
+) -> Acts:
+    """`acts` with the probes of all observing seats.
+
+    Args:
+        acts: by layer, of all rows.
+        layers: of the model.
+        seats: of the stack.
+        variants: of each row.
+        watching: numbers of the seats that observe each row.
+        acts_of: variants of some rows -> their acts.
+        moment: where the forward stands.
+        device: where the model computes.
+    """
+    result = dict(acts)
+    calls = {layer.name: layer for layer in layers}
+    for number in sorted({number for eyes in watching for number in eyes}):
+        seat = seats[number]
+        mine = [row for row, eyes in enumerate(watching) if number in eyes]
+        own = [variants[row] for row in mine]
+
+        def named(own: Sequence[Variant] = own) -> dict[str, Act]:
+            return {name: act for name, (act, _) in acts_of(own).items()}
+
+        view = View(
+            layers=tuple(layer for layer in layers if layer.name in seat.layers),
+            rows=slice(mine[0], mine[-1] + 1),
+            batch=len(variants),
+            frames=tuple(variant.frames for variant in own),
+            acts=named,
+            moment=moment,
+            device=device,
+        )
+        for name, probe in seat.control.probes(view).items():
+            act, numbers = result.get(name) or _bare(calls[name], own[0])
+            result[name] = act.watched([probe]), numbers | {number}
+    return result
+
+
+def _bare(layer: Layer, variant: Variant) -> tuple[Act, frozenset[int]]:
+    """An act that leaves the layer's own call as it is."""
+    return Act((), variant.frames[layer.frame].tokens, layer.call), frozenset()
