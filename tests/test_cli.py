@@ -16,7 +16,7 @@ from shell import SCENE, SIZE, save_tiny
 from attnctrl import files, provenance
 from attnctrl.cli import run
 
-COMMANDS = ("generate", "check", "demo", "eval", "bench execute", "bench idle", "env")
+COMMANDS = ("generate", "invert", "check", "demo", "eval", "bench execute", "bench idle", "bench inversion", "env")
 
 
 @pytest.fixture(scope="module")
