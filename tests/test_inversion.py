@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_c_b_what_each_step_solves_exactly():
 def test_c_round_trip_error_falls_by_the_order_per_halving(step, order):
     z = normal(0, 3, 6)
     errors = [round_trip(step, steps, z) for steps in (32, 64, 128)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(order, rel=0.1)
 
 

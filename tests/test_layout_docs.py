@@ -44,3 +44,15 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     scene, record = provenance.restore(tmp_path / "out" / "layout.png")
     assert [region.reference for region in scene.regions()] == [0, 1]
     assert record["controlled"] is True
+
+
+def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("inversion.md"):
+        exec(block, names)
+    assert len(blocks("inversion.md")) == 3
+    red, _, blue = names["again"].getpixel((32, 32))
+    assert red > 200 > 100 > blue
+    assert names["latents"].equal(names["trajectory"].latents[2])
+    assert not names["held"].clean.allclose(names["inverter"].generate(names["trajectory"]).clean)
