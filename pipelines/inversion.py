@@ -162,8 +162,17 @@ class Inverter(Wrapper):
             progress, keep: as in `invert`.
 
         Raises:
-            ControlError, ScheduleError, UnsupportedModelError: as `invert`.
+            AssetError: the trajectory is of another model.
+            ControlError: it does not say how it was made or how large its pictures are; and as `invert`.
+            ScheduleError, UnsupportedModelError: as `invert`.
         """
+        trajectory.check_model(self.identity)
+        lacking = {"size", *(["settings"] if settings is None else [])} - trajectory.record.keys()
+        if lacking:
+            raise ControlError(
+                f'The trajectory\'s record lacks {" and ".join(sorted(lacking))}; give `settings` here and "size" '
+                "(width, height) in the record, as `invert` writes them."
+            )
         if settings is None:
             told = trajectory.record["settings"]
             settings = InversionSettings(**{**told, "window": window_from_json(told["window"])})

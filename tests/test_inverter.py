@@ -271,6 +271,17 @@ def test_other_models_and_other_files_are_refused(tmp_path):
             Trajectory.load(tmp_path / name)
 
 
+def test_generation_refuses_paths_of_other_models_and_without_their_story():
+    inverter = Inverter.from_pipe(lively("flux"), "tiny")
+    made = inverter.invert(picture(), how(method="euler", steps=1))
+    with pytest.raises(AssetError, match=r"belongs to other .*, but the model here is tiny"):
+        inverter.generate(Trajectory(made.latents, made.sigmas, {**made.record, "model": {"name": "other"}}))
+    bare = Trajectory(made.latents, made.sigmas, {"model": made.record["model"], "size": [32, 16]})
+    with pytest.raises(ControlError, match="record lacks settings; give `settings`"):
+        inverter.generate(bare)
+    assert inverter.generate(bare, how(method="euler", steps=1)).sigmas == made.sigmas
+
+
 def test_levels_are_looked_up_and_missing_ones_refused():
     made = trajectory()
     assert torch.equal(made.at(1.0 + 1e-6), made.latents[1])

@@ -101,13 +101,19 @@ class Trajectory:
             ) from error
         if told.pop("format", None) != FORMAT:
             raise AssetError(f"{path} has another format than {FORMAT}; make it again with this version of attnctrl.")
-        found = told.get("model", {})
-        if model is not None and not _same_model(model, found):
+        made = cls(latents, sigmas, told)
+        if model is not None:
+            made.check_model(model)
+        return made
+
+    def check_model(self, model: Mapping[str, str]) -> None:
+        """Raises `AssetError` if the trajectory is of another model than the one of this identity."""
+        found = self.record.get("model", {})
+        if not _same_model(model, found):
             raise AssetError(
-                f"{path} belongs to {_named(found)}, but the model here is {_named(model)}: latents of one model mean "
-                "nothing to another; load that model, or invert the picture again."
+                f"The trajectory belongs to {_named(found)}, but the model here is {_named(model)}: latents of one "
+                "model mean nothing to another; load that model, or invert the picture again."
             )
-        return cls(latents, sigmas, told)
 
 
 def _same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
