@@ -6,7 +6,6 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -15,41 +14,13 @@ from torch import nn
 from .attach import attach, parts_of
 from .controls import Control, Isolate, Regions
 from .execute.bench import interleaved
+from .peek import first_forward
 from .processors import processors, set_processors
 from .region import Region
 
-__all__ = ["bench_compile", "bench_idle", "first_forward"]
+__all__ = ["bench_compile", "bench_idle"]
 
 IDLE = (Isolate(strength=0.0), Regions([]))
-
-
-class _EnoughError(Exception):
-    """The forward that was wanted has been seen."""
-
-
-def first_forward(pipe: Any, **arguments: Any) -> dict[str, Any]:
-    """What the pipeline gives to its denoiser in the first forward of a run, which ends there.
-
-    Args:
-        pipe: any pipeline.
-        arguments: of its call.
-    """
-    model: Any = parts_of(pipe)[0]
-    seen: dict[str, Any] = {}
-
-    def keep(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.update({**dict(zip(signature(model.forward).parameters, given, strict=False)), **named})
-        raise _EnoughError
-
-    hook = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        pipe(**arguments)
-    except _EnoughError:
-        pass
-    finally:
-        hook.remove()
-        pipe.maybe_free_model_hooks()
-    return seen
 
 
 def bench_idle(pipe: Any, size: tuple[int, int], repeats: int = 31, **arguments: Any) -> dict[str, Any]:

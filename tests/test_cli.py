@@ -16,7 +16,9 @@ from shell import SCENE, SIZE, save_tiny
 from attnctrl import files, provenance
 from attnctrl.cli import run
 
-COMMANDS = ("generate", "check", "demo", "maps", "eval", "bench execute", "bench idle", "env")
+COMMANDS = (
+    "generate", "invert", "check", "demo", "maps", "eval", "bench execute", "bench idle", "bench inversion", "env",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,9 @@ def test_it_writes_a_map_for_each_of_the_words_a_sheet_and_the_numbers(made):
 
 
 def test_the_numbers_are_those_of_the_library(folder, made):
-    from attnctrl.maps import record
     from attnctrl.pipelines import ScenePipeline
+
+    from attnctrl.maps import record
     from attnctrl.scene import load_scene
 
     scene = load_scene(folder / "pair.yaml")

@@ -122,7 +122,7 @@ def test_bench_idle_measures_a_forward_with_the_same_bits(make):
 
 
 def test_first_forward_is_what_the_pipeline_gives_its_denoiser():
-    from attnctrl.bench import first_forward
+    from attnctrl.peek import first_forward
 
     pipe = tiny_pipes.sd()
     seen = first_forward(pipe, prompt="a red circle", width=32, height=16, guidance_scale=3.0)

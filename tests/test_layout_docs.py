@@ -55,3 +55,15 @@ def test_the_page_of_maps_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert (tmp_path / "maps.png").is_file()
     assert names["mask"].any()
     assert names["shares"].masks.shape == names["grown"].masks.shape == (2, *names["found"].grid)
+
+
+def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("inversion.md"):
+        exec(block, names)
+    assert len(blocks("inversion.md")) == 3
+    red, _, blue = names["again"].getpixel((32, 32))
+    assert red > 200 > 100 > blue
+    assert names["latents"].equal(names["trajectory"].latents[2])
+    assert not names["held"].clean.allclose(names["inverter"].generate(names["trajectory"]).clean)

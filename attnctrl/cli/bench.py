@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.output import Format, FormatOption, emit, hush
+from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +73,47 @@ def compile_(form: FormatOption = Format.human) -> None:
     result = bench_compile()
     lines = [f"{row['case']}\t{row['door']}\t{row['vanilla']}\t{row['controlled']}" for row in result["rows"]]
     emit(form, result, lambda: compile_table(result), lines)
+
+
+@app.command()
+def inversion(
+    model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
+    pictures: Annotated[int, typer.Option(min=1, max=10_000, help="Renders, inverted in one batch.")] = 8,
+    form: FormatOption = Format.human,
+) -> None:
+    """Invert held-out renders and draw them again: the error over the number of steps, for each method.
+
+    Example:
+
+      attnctrl bench inversion --model toy-flux --format json
+    """
+    from attnctrl.pipelines.inversion import Inverter
+    from attnctrl.provenance import versions
+    from attnctrl.toybox.inversion import bench_inversion
+
+    hush()
+    inverter = Inverter.from_pretrained(model)
+    with progress_bar("bench inversion", form) as advance:
+        measured = bench_inversion(inverter, pictures, progress=advance)
+    command = f"attnctrl bench inversion --model {model} --pictures {pictures} --format json"
+    result = {**measured, "model": inverter.identity, "command": command, "versions": versions()}
+    lines = [f"{row['method']}\t{row['steps']}\t{row['rms']:.3e}\t{row['psnr']:.2f}" for row in result["rows"]]
+    emit(form, result, lambda: inversion_table(result), lines)
+
+
+def inversion_table(result: Mapping[str, Any]) -> Table:
+    """The rows for people; `gain` is what twice the steps bring."""
+    from rich.table import Table
+
+    title = f"round trip of {result['n']} renders; the VAE alone: {result['vae_psnr']:.1f} dB"
+    columns = ("method", "steps", "forwards", "rms", "worst", "gain", "PSNR", "least PSNR")
+    shown = Table(*columns, title=title, title_justify="left")
+    for row in result["rows"]:
+        gain = "" if row["gain"] is None else f"{row['gain']:.1f}"
+        errors = (f"{row[name]:.2e}" for name in ("rms", "worst"))
+        quality = (f"{row[name]:.1f}" for name in ("psnr", "least_psnr"))
+        shown.add_row(row["method"], str(row["steps"]), str(row["forwards"]), *errors, gain, *quality)
+    return shown
 
 
 def compile_table(result: Mapping[str, Any]) -> Table:
