@@ -381,11 +381,11 @@ def test_demo_draws_both_rows_for_all_seeds(call, folder, tmp_path):
     path = tmp_path / "deep" / "demo.png"
     code, out, _ = call("demo", "-m", folder / "tiny", "--seeds", 1, "--steps", 1, "-o", path, "--format", "json")
     data = json.loads(out)
-    assert (code, data["path"], data["pictures"]) == (0, str(path), 4)
+    assert (code, data["path"], data["pictures"]) == (0, str(path), 6)
     with Image.open(path) as sheet:
         records = json.loads(sheet.info["attnctrl-demo"])
         assert sheet.width > 2 * 240
         assert sheet.height > 2 * 240
-    assert [record["controlled"] for record in records] == [False, False, True, True]
-    assert [len(record["scene"]["subjects"]) for record in records] == [2, 4, 2, 4]
+    assert [record["controlled"] for record in records] == [False] * 3 + [True] * 3
+    assert [len(record["scene"]["subjects"]) for record in records] == [2, 4, 2] * 2
     assert [path.name for path in path.parent.iterdir()] == ["demo.png"]
