@@ -48,7 +48,8 @@ class Place:
         """
         marks, sigmas = self.levels(scheduler)
         index = step_index(scheduler)
-        if not needed:
+        # DDIM and its kin do not count their steps
+        if not needed and (scheduler is None or hasattr(scheduler, "step_index")):
             step = index if index < len(sigmas) else None
             return Moment(None if step is None else sigmas[step], step, sigmas)
         timestep = self.family.timestep(arguments).reshape(-1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_pipes
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from harness import sd3, unet
 
 import attnctrl as ac
@@ -135,6 +135,18 @@ def test_windows_follow_the_scheduler(kind: Any) -> None:
         chosen = {i for i, sigma in enumerate(sigmas) if sigmas[-2] < sigma <= sigmas[1]}
         assert set(handle.report().controls[0].steps) <= chosen
         assert handle.report().controls[0].steps
+    finally:
+        pipe.scheduler = before
+
+
+def test_steps_are_told_without_a_scheduler_that_counts_them() -> None:
+    pipe = pipeline("sd")
+    before = pipe.scheduler
+    pipe.scheduler = DDIMScheduler.from_config(before.config)
+    try:
+        with ac.attach(pipe, ac.Isolate([LEFT, RIGHT])) as handle:
+            generate("sd", steps=3)
+        assert handle.report().controls[0].steps == (0, 1, 2)
     finally:
         pipe.scheduler = before
 
