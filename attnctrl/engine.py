@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .call import Row
 from .controls.base import Control
-from .errors import ControlError, LayoutError, SilentControlError, UnsupportedModelError
+from .errors import ControlError, SilentControlError, UnsupportedModelError
 from .execute import Host
-from .families import Family, Text, family_of, sizes_of
+from .families import Family, family_of, sizes_of
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
@@ -22,8 +22,9 @@ from .region import Region
 from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
-from .stack import Acts, Presence, Seat, Stack, Variant
+from .stack import Acts, Presence, Seat, Stack
 from .tap import Tap, check_model, execution_device, is_compiled
+from .texts import Texts
 from .watch import watched
 
 __all__ = ["Engine", "Entry", "engine_of"]
@@ -106,7 +107,7 @@ class Engine:
         self._warned: set[str] = set()
         self._acted: dict[Branches, Any] = {}
         self._last: Any = None
-        self._text: tuple[Any, Tensor] | None = None
+        self._texts = Texts()
 
     def add(self, entry: Entry) -> None:
         """Let an entry act from the next forward on.
@@ -249,7 +250,7 @@ class Engine:
             frames, rows, lambda region: self._embeds(region).shape[0], aligned=position is not None
         )
         if appended := slots.tokens:
-            texts = self._texts(self.family.text(arguments), variants, appended)
+            texts = self._texts.make(self.stack, self.family.text(arguments), variants, appended, self._embeds)
             arguments = self.family.append_text(arguments if position is None else position(arguments, slots), texts)
         host = self._host(device)
         acts = self.stack.acts(variants, device, present, host)
@@ -290,48 +291,6 @@ class Engine:
             if any(region is one for control in entry.controls for scene in control.scenes for one in scene):
                 return entry.embeds(region, self.family)
         raise ControlError(f"Region '{region.label}' belongs to no attached control.")
-
-    def _texts(self, prompts: Text, variants: Sequence[Variant], appended: int) -> Tensor:
-        """The appended text of all rows, [B, appended, channels], put together once for all steps of a phase.
-
-        `prompts` are what the model is given, one row or as many as variants.
-        """
-        prompt = prompts[0]
-        key = (self.stack, tuple(variants), appended, prompt.shape[-1], prompt.device, prompt.dtype)
-        if self._text is not None and self._text[0] == key:
-            return self._text[1]
-        copied = any(self.stack.filling(one.scene, one.active, len(prompt)) for one in dict.fromkeys(variants))
-        if copied:
-            text = torch.stack([self._text_of(row, one, appended) for row, one in zip(prompts, variants, strict=True)])
-        else:
-            made = {variant: self._text_of(prompt, variant, appended) for variant in dict.fromkeys(variants)}
-            text = torch.stack([made[variant] for variant in variants])
-        # what carries gradients belongs to one graph, and copies belong to one prompt
-        self._text = None if text.requires_grad or copied else (key, text)
-        return text
-
-    def _text_of(self, prompt: Tensor, variant: Variant, appended: int) -> Tensor:
-        """[appended, channels] of one row, whose `prompt` [tokens, channels] some controls copy the padding of."""
-        text = prompt.new_zeros(appended, prompt.shape[-1])
-        placed = {k: v for k, v in variant.frames.ranges.items() if k.startswith(("text.region", "text.pad"))}
-        if not placed:
-            return text
-        begin = min(item.start for item in placed.values())
-        if variant.frames.fixed:
-            # texts that take the place of the prompt's padding stand at its end
-            begin = max(item.stop for item in placed.values()) - appended
-        copies = prompt[self.stack.filling(variant.scene, variant.active, len(prompt))]
-        for number, region in self.stack.texts(variant.scene, variant.active):
-            embeds = copies[:0] if region.spans else self._embeds(region)
-            if embeds.shape[-1] != prompt.shape[-1]:
-                raise LayoutError(
-                    f"Region '{region.label}': prompt_embeds have {embeds.shape[-1]} channels, the prompt has "
-                    f"{prompt.shape[-1]}. Encode it with the model's own text encoder."
-                )
-            start = placed[f"text.region{number}"].start - begin
-            own = torch.cat([embeds.to(device=prompt.device, dtype=prompt.dtype), copies])
-            text[start : start + len(own)] = own
-        return text
 
     def _frames(self, arguments: dict[str, Any]) -> tuple[Frames, ...]:
         """The family's frames; ids of a run are one tensor, so they are read from the device once."""
