@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
-from .layout import Frame, Group, Layout, Words, partition
+from .groups import Group, Words, partition
+from .layout import Frame, Layout
 from .region import Region
 from .visibility import Visibility, compose
 

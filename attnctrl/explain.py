@@ -20,7 +20,8 @@ from .call import Situation, build_passes
 from .controls.base import Control
 from .execute import Pass
 from .families import Family, family_of
-from .layout import Frames, Group, Measures
+from .groups import Group
+from .layout import Frames, Measures
 from .region import Grid, Region
 from .schedule import Moment
 from .select import Layer, describe

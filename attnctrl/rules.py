@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ControlError
-from .layout import Group
+from .groups import Group
 
 __all__ = ["LETTERS", "Rules", "letter_of"]
 

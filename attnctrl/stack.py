@@ -14,7 +14,8 @@ from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
-from .layout import Frames, Slots, Span, Words
+from .groups import Words
+from .layout import Frames, Slots, Span
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select

@@ -12,7 +12,8 @@ from PIL import Image
 import attnctrl as ac
 from attnctrl.errors import LayoutError
 from attnctrl.families.flux import measure
-from attnctrl.layout import Layout, Measures, TokenRange, partition
+from attnctrl.groups import partition
+from attnctrl.layout import Layout, Measures, TokenRange
 from attnctrl.region import Region, coverage, labels, membership
 
 unit = st.floats(0, 1, allow_nan=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from attnctrl.errors import ControlError
-from attnctrl.layout import Group
+from attnctrl.groups import Group
 from attnctrl.rules import LETTERS, Rules, letter_of
 
 TEXT = """

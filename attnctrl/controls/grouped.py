@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..call import Situation
-from ..layout import Group
+from ..groups import Group
 from ..region import Overlap, Region
 from ..rules import Rules
 from ..visibility import Visibility

@@ -13,7 +13,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from ..call import Blend, Situation
-from ..layout import Group
+from ..groups import Group
 from ..rules import Rules
 from ..schedule import is_empty
 from ..visibility import Visibility

@@ -13,16 +13,7 @@ import numpy as np
 
 from ..errors import AttnCtrlError
 from .consistency import identity_similarity
-from .layout import (
-    Area,
-    Box,
-    Detection,
-    background_similarity,
-    fill_ratio,
-    generalised_iou,
-    inclusion_ratio,
-    mask_box,
-)
+from .layout import Area, Box, Detection, background_similarity, fill_ratio, generalised_iou, inclusion_ratio, mask_box
 
 Detector = Callable[[np.ndarray, Sequence[str]], Sequence[Detection]]
 """(picture uint8 [H, W, 3], what to look for) -> what was found, in any order; `label` is one of what was asked."""
