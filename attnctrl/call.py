@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .layout import Frame, Group, Layout, Words, partition
+from .output import RowOutputs, edited, of_rows
 from .region import Region
 from .visibility import Visibility, compose
 
@@ -112,17 +113,20 @@ def build_passes(
         hidden: regions whose text is in the sequence but belongs to no control acting in this layer; it is seen by
             nobody.
 
+    Returns:
+        the passes; none when everyone sees everyone, as no control has anything to say about it.
+
     Raises:
         ControlError: when two controls ask for a blend.
     """
     tucked = _hide(situation, hidden)
     parts = [part for control, own in acting if (part := control.visibility(situation, own)) is not None]
     main = compose(*([tucked] if tucked is not None else []), *parts) if parts or tucked is not None else None
-    if main is None:
-        main = situation.tabulate(lambda q, k: 1.0)
     blends = [blend for control, own in acting if (blend := control.blend(situation, own)) is not None]
     if not blends:
-        return [Pass(main)]
+        return [] if main is None else [Pass(main)]
+    if main is None:
+        main = situation.tabulate(lambda q, k: 1.0)
     if len(blends) > 1:
         raise ControlError(
             f"{len(blends)} controls of one layer ask for a base pass; give a base_ratio to one of them."
@@ -138,9 +142,10 @@ def build_plan(
     hidden: frozenset[int],
     device: torch.device | str,
     host: Host = Host(),
-) -> ExecutionPlan:
-    """The execution plan of one layer, with its index tensors on `device`."""
-    return plan(build_passes(situation, acting, hidden), device=device, host=host)
+) -> ExecutionPlan | None:
+    """The execution plan of one layer, with its index tensors on `device`; None when everyone sees everyone."""
+    passes = build_passes(situation, acting, hidden)
+    return plan(passes, device=device, host=host) if passes else None
 
 
 def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
@@ -175,21 +180,35 @@ class Act:
         tokens: numbers of (queries, keys) that the plans are made for.
         call: which of the module's kernel calls is meant; the others, such as those that read an IP-Adapter's
             pictures, stay as they are.
+        outputs: what becomes of the executed call, for each set of rows; () leaves it alone.
     """
 
     def __init__(
-        self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: tuple[int, int], call: int = 0
+        self,
+        parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]],
+        tokens: tuple[int, int],
+        call: int = 0,
+        outputs: Sequence[RowOutputs] = (),
     ) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
         self.call = call
+        self.outputs = tuple(outputs)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
+        told = rows or [rows for rows, _, _ in self.outputs if rows is not None]
+        self._rows = sum(map(len, told)) if told else None
 
     @property
     def executors(self) -> tuple[str, ...]:
         """Names of the executors in use."""
         return tuple(sorted({part.executor for _, part in self.parts if part is not None}))
+
+    @property
+    def explained(self) -> frozenset[str]:
+        """What is done, a line for each plan and output."""
+        plans = {part.explain() for _, part in self.parts if part is not None}
+        return frozenset(plans | {edit.explain() for _, _, edits in self.outputs for edit in edits})
 
     @property
     def needs_mask(self) -> bool:
@@ -213,21 +232,23 @@ class Act:
                 f"The plan covers {self.tokens[0]} queries and {self.tokens[1]} keys, but the kernel got "
                 f"{query.shape[2]} and {key.shape[2]}. Another hook shortens or extends the sequence inside the model."
             )
-        if self._order is not None and len(self._order) != query.shape[0]:
+        if self._rows is not None and self._rows != query.shape[0]:
             raise PlanError(
-                f"The plan tells {len(self._order)} rows of the batch apart, but the kernel got {query.shape[0]}: the "
+                f"The plan tells {self._rows} rows of the batch apart, but the kernel got {query.shape[0]}: the "
                 "layer's processor splits its batch, as those of perturbed-attention guidance do. Leave this layer out "
                 "of the control's `layers`."
             )
         if mask is not None:
             mask = _per_sample(mask, query.shape[0], self.tokens)
+        run = partial(_run_part, kernel)
         if self._order is None:
-            return _run_part(self.parts[0][1], query, key, value, mask, kernel, scale)
-        outputs = [
-            _run_part(part, query[rows], key[rows], value[rows], _of_rows(mask, rows), kernel, scale)
-            for rows, part in self.parts
-        ]
-        return torch.cat(outputs)[self._order]
+            out = run(self.parts[0][1], query, key, value, mask, scale)
+        else:
+            pieces = [
+                run(part, query[rows], key[rows], value[rows], of_rows(mask, rows), scale) for rows, part in self.parts
+            ]
+            out = torch.cat(pieces)[self._order]
+        return edited(self.outputs, out, (query, key, value), mask, run, scale)
 
 
 def _per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
@@ -250,17 +271,13 @@ def _per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
     return mask
 
 
-def _of_rows(mask: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    return mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]
-
-
 def _run_part(
+    kernel: Kernel,
     part: ExecutionPlan | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    kernel: Kernel,
     scale: float | None,
 ) -> Tensor:
     if part is not None:
