@@ -123,10 +123,11 @@ class Guidance:
     ) -> list[Tensor]:
         """g of each of the prompt's rows, from one perturbed forward."""
         self.further = step
-        # caches keep what they know of a branch by its name
-        context: Any = getattr(self.model, "cache_context", nullcontext)
+        # caches keep what they know of a branch by its name; a model without diffusers' hooks would be given some
+        named = "_diffusers_hook" in vars(self.model) and hasattr(self.model, "cache_context")
+        context: Any = self.model.cache_context(PERTURBED) if named else nullcontext()
         try:
-            with context(PERTURBED):
+            with context:
                 perturbed = _sample(forward(copied(inputs)))
         finally:
             self.further = None

@@ -1,4 +1,4 @@
-"""The page and the example of layouts are executed as they stand."""
+"""The pages of layouts, presets and perturbed attention, and the example of layouts, are executed as they stand."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     scene, record = provenance.restore(tmp_path / "out" / "layout.png")
     assert [region.reference for region in scene.regions()] == [0, 1]
     assert record["controlled"] is True
+
+
+def test_the_page_of_perturbed_attention_runs() -> None:
+    names: dict = {}
+    first, second = blocks("perturb.md")
+    exec(first, names)
+    [told] = names["handle"].report().controls
+    assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
+    exec(second, names)
+    assert names["handle"].report().forwards == 2 * 3

@@ -62,7 +62,7 @@ def gaussian(sigma: float) -> Tensor:
 
     def axis(size: int) -> Tensor:
         reach = min(int(torch.tensor(6 * sigma).ceil()) // 2, size // 2)
-        weights = torch.exp(-torch.arange(-reach, reach + 1, dtype=torch.float64) ** 2 / (2 * sigma**2))
+        weights = torch.exp(-(torch.arange(-reach, reach + 1, dtype=torch.float64) ** 2) / (2 * sigma**2))
         table = torch.zeros(size, size, dtype=torch.float64)
         for row in range(size):
             for step, weight in zip(range(-reach, reach + 1), weights / weights.sum(), strict=True):
@@ -157,7 +157,9 @@ def test_kinds_that_would_look_past_visibility_are_refused(change: dict[str, Any
 def test_identity_within_the_image_leaves_itself_and_the_text(mask: Tensor | None) -> None:
     """Scores between different tokens of the image are -inf; the own one is in sight whatever the mask says."""
     q, k, v = tensors()
-    bias = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.float64) + (0 if mask is None else as_bias(mask, torch.float64))
+    bias = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.float64) + (
+        0 if mask is None else as_bias(mask, torch.float64)
+    )
     image = bias[..., IMAGE, IMAGE]
     image.fill_(-torch.inf)
     image.diagonal(dim1=-2, dim2=-1).fill_(0)

@@ -75,7 +75,7 @@ class Perturb(Control):
 
     def __post_init__(self) -> None:
         if isinstance(self.heads, Mapping):
-            if self.layers is not None:
+            if self.layers is not None and tuple(self.layers) != tuple(self.heads):
                 raise ControlError(
                     f"'{self.name}': heads by layer name the layers; found layers={self.layers!r} too. Leave it out."
                 )
@@ -116,8 +116,7 @@ class Perturb(Control):
                 "attention, where they have none. Give it layers of self-attention (such as layers='self'), or another "
                 "kind."
             )
-        kinds = {item: item.name.partition(".")[0] for item in frame.queries.ranges}
-        chosen = [item for item, kind in kinds.items() if self.rows in ("all", kind)]
+        chosen = [item for item in frame.queries.ranges if self.rows in ("all", _kind_of(item.name))]
         if self.kind == "blur":
             chosen = [item for item in chosen if item.grid is not None]
         if not chosen:
@@ -143,6 +142,11 @@ class Perturb(Control):
                 f"meant by one of {', '.join(map(repr, self.heads))}. Write {names[1]!r}."
             )
         return tuple(sorted({head for heads in found for head in heads}))
+
+
+def _kind_of(name: str) -> str:
+    """What tokens of a range are; learned tokens that fill up a text or a picture are neither."""
+    return "register" if name.endswith("registers") else name.partition(".")[0]
 
 
 def _numbers(heads: Sequence[int]) -> tuple[int, ...]:
