@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .call import Row
 from .errors import ControlError
@@ -65,7 +65,7 @@ class Guidance:
         further: the step of the perturbed forward that runs at present; None in the pipeline's own forwards.
     """
 
-    def __init__(self, family: Family, model: nn.Module) -> None:
+    def __init__(self, family: Family, model: Any) -> None:
         self.family = family
         self.model = model
         self.further: Step | None = None
@@ -125,7 +125,7 @@ class Guidance:
         self.further = step
         # caches keep what they know of a branch by its name; a model without diffusers' hooks would be given some
         named = "_diffusers_hook" in vars(self.model) and hasattr(self.model, "cache_context")
-        context: Any = self.model.cache_context(PERTURBED) if named else nullcontext()
+        context = self.model.cache_context(PERTURBED) if named else nullcontext()
         try:
             with context:
                 perturbed = _sample(forward(copied(inputs)))
