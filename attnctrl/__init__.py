@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
+    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .processors import (
         ControlledAttnProcessor,
         IsolationAttnProcessor,
+        PerturbationAttnProcessor,
         RegionAttnProcessor,
         processors,
         set_processors,
@@ -56,6 +57,8 @@ __all__ = [
     "IsolationAttnProcessor",
     "LayoutError",
     "OpenTexts",
+    "Perturb",
+    "PerturbationAttnProcessor",
     "PlanError",
     "Region",
     "RegionAttnProcessor",
@@ -81,7 +84,7 @@ __all__ = [
 
 _HOMES = {
     "attach": ("Handle", "attach"),
-    "controls": ("Control", "GroupIsolation", "Isolate", "OpenTexts", "RegionModulation", "Regions"),
+    "controls": ("Control", "GroupIsolation", "Isolate", "OpenTexts", "Perturb", "RegionModulation", "Regions"),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),
     "presets": ("preset",),
@@ -89,6 +92,7 @@ _HOMES = {
     "processors": (
         "ControlledAttnProcessor",
         "IsolationAttnProcessor",
+        "PerturbationAttnProcessor",
         "RegionAttnProcessor",
         "processors",
         "set_processors",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, Protocol
 
 import torch
@@ -23,10 +23,11 @@ from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .groups import Group, Words, partition
 from .layout import Frame, Layout
+from .output import RowOutputs, edited, of_rows
 from .region import Region
 from .visibility import Visibility, compose
 
-__all__ = ["Act", "Blend", "Probe", "Row", "Situation", "build_passes", "build_plan", "of_rows", "per_sample"]
+__all__ = ["Act", "Blend", "Probe", "Row", "Situation", "build_passes", "build_plan", "per_sample"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def build_passes(
         hidden: regions whose text is in the sequence but belongs to no control acting in this layer; it is seen by
             nobody.
 
+    Returns:
+        the passes; none when everyone sees everyone, as no control has anything to say about it.
+
     Raises:
         ControlError: when two controls mix passes.
     """
@@ -129,9 +133,9 @@ def build_passes(
             "leave that to one of them: base_ratio=0, mixing='mask'."
         )
     parts = [*always, *(part for _, part in seen)]
-    main = compose(*parts) if parts else situation.tabulate(lambda q, k: 1.0)
     if not mixing:
-        return [Pass(main)]
+        return [Pass(compose(*parts))] if parts else []
+    main = compose(*parts) if parts else situation.tabulate(lambda q, k: 1.0)
     mixer, blends = mixing[0]
     others = [part for control, part in seen if control is not mixer]
     left = 1 - torch.stack([blend.share for blend in blends]).sum(0)
@@ -147,9 +151,10 @@ def build_plan(
     hidden: frozenset[int],
     device: torch.device | str,
     host: Host = Host(),
-) -> ExecutionPlan:
-    """The execution plan of one layer, with its index tensors on `device`."""
-    return plan(build_passes(situation, acting, hidden), device=device, host=host)
+) -> ExecutionPlan | None:
+    """The execution plan of one layer, with its index tensors on `device`; None when everyone sees everyone."""
+    passes = build_passes(situation, acting, hidden)
+    return plan(passes, device=device, host=host) if passes else None
 
 
 def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
@@ -191,19 +196,27 @@ class Act:
         tokens: numbers of (queries, keys) that the plans are made for.
         call: which of the module's kernel calls is meant; the others, such as those that read an IP-Adapter's
             pictures, stay as they are.
+        outputs: what becomes of the executed call, for each set of rows; () leaves it alone.
         probes: what watches that call.
     """
 
     probes: tuple[Probe, ...] = ()
 
     def __init__(
-        self, parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]], tokens: tuple[int, int], call: int = 0
+        self,
+        parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]],
+        tokens: tuple[int, int],
+        call: int = 0,
+        outputs: Sequence[RowOutputs] = (),
     ) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
         self.call = call
+        self.outputs = tuple(outputs)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
+        told = rows or [rows for rows, _, _ in self.outputs if rows is not None]
+        self._rows = sum(map(len, told)) if told else None
 
     def watched(self, probes: Sequence[Probe]) -> Act:
         """The same with `probes` besides its own."""
@@ -215,6 +228,12 @@ class Act:
     def executors(self) -> tuple[str, ...]:
         """Names of the executors in use."""
         return tuple(sorted({part.executor for _, part in self.parts if part is not None}))
+
+    @property
+    def explained(self) -> frozenset[str]:
+        """What is done, a line for each plan and output."""
+        plans = {part.explain() for _, part in self.parts if part is not None}
+        return frozenset(plans | {edit.explain() for _, _, edits in self.outputs for edit in edits})
 
     @property
     def needs_mask(self) -> bool:
@@ -238,21 +257,23 @@ class Act:
                 f"The plan covers {self.tokens[0]} queries and {self.tokens[1]} keys, but the kernel got "
                 f"{query.shape[2]} and {key.shape[2]}. Another hook shortens or extends the sequence inside the model."
             )
-        if self._order is not None and len(self._order) != query.shape[0]:
+        if self._rows is not None and self._rows != query.shape[0]:
             raise PlanError(
-                f"The plan tells {len(self._order)} rows of the batch apart, but the kernel got {query.shape[0]}: the "
+                f"The plan tells {self._rows} rows of the batch apart, but the kernel got {query.shape[0]}: the "
                 "layer's processor splits its batch, as those of perturbed-attention guidance do. Leave this layer out "
                 "of the control's `layers`."
             )
         if mask is not None:
             mask = per_sample(mask, query.shape[0], self.tokens)
+        run = partial(_run_part, kernel)
         if self._order is None:
-            return _run_part(self.parts[0][1], query, key, value, mask, kernel, scale)
-        outputs = [
-            _run_part(part, query[rows], key[rows], value[rows], of_rows(mask, rows), kernel, scale)
-            for rows, part in self.parts
-        ]
-        return torch.cat(outputs)[self._order]
+            out = run(self.parts[0][1], query, key, value, mask, scale)
+        else:
+            pieces = [
+                run(part, query[rows], key[rows], value[rows], of_rows(mask, rows), scale) for rows, part in self.parts
+            ]
+            out = torch.cat(pieces)[self._order]
+        return edited(self.outputs, out, (query, key, value), mask, run, scale)
 
 
 def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
@@ -275,18 +296,13 @@ def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
     return mask
 
 
-def of_rows(mask: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
-    """The part of a mask [B or 1, ...] that belongs to some rows."""
-    return mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]
-
-
 def _run_part(
+    kernel: Kernel,
     part: ExecutionPlan | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    kernel: Kernel,
     scale: float | None,
 ) -> Tensor:
     if part is not None:

@@ -15,6 +15,7 @@ from .controls.base import Control
 from .errors import ControlError, SilentControlError, UnsupportedModelError
 from .execute import Host
 from .families import Family, family_of, sizes_of
+from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
@@ -102,6 +103,7 @@ class Engine:
         self.stack = Stack((), self.layers, self.family.presets)
         self._owner: list[Entry] = []
         self._place = Place(self.family)
+        self._guidance = Guidance(self.family, self.model)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
         self._pending: tuple[Acts, Moment, frozenset[str], Sequence[tuple[Row, tuple[int, ...]]]] | None = None
         self._warned: set[str] = set()
@@ -159,7 +161,7 @@ class Engine:
         for entry in entries:
             entry.seats = [seat for seat, whose in zip(stack.seats, owner, strict=True) if whose is entry]
         self.entries, self.stack, self._owner = entries, stack, owner
-        self._place = Place(self.family)
+        self._place, self._guidance = Place(self.family), Guidance(self.family, self.model)
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Decide what acts in the forward that begins; None runs it as it is."""
@@ -174,17 +176,35 @@ class Engine:
         present = self._present_layers()
         if not self.entries or not self.stack.seats:
             return None
+        # a perturbed forward stands where the one stands that it belongs to
+        step = self._guidance.further or self._step(arguments)
+        watching = {name: self.stack.active(step.moment, name, observing=True) for name in step.active}
+        self._note(step.branches, (present, *step.active.values()))
+        if not any(step.active.values()) and not any(watching.values()):
+            return None
+        acting = [(row, step.active[row.branch]) for row in step.rows]
+        return self._control(arguments, acting, [watching[row.branch] for row in step.rows], step.moment, present)
+
+    def _step(self, arguments: dict[str, Any]) -> Step:
+        """Where a forward of the pipeline stands, and what acts there."""
         scheduler = next((s for entry in self.entries if (s := entry.scheduler) is not None), None)
         moment = self._place.moment(arguments, scheduler, self.stack.needs_position())
         branches = self._branches(arguments, scheduler)
         rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
-        watching = {name: self.stack.active(moment, name, observing=True) for name in active}
-        self._note(branches, (present, *active.values()))
-        if not any(active.values()) and not any(watching.values()):
-            return None
-        acting = [(row, active[row.branch]) for row in rows]
-        return self._control(arguments, acting, [watching[row.branch] for row in rows], moment, present)
+        step = Step(moment, branches, rows, active)
+        leads = not (skipped_blocks(arguments) or (self.tap.branch or "").endswith("_skip"))
+        self._guidance.begin(step, self.stack.guides(moment), leads)
+        return step
+
+    @property
+    def guides(self) -> bool:
+        """Some control may want a forward of the pipeline to be followed by perturbed ones."""
+        return any(seat.control.guide is not None for seat in self.stack.seats)
+
+    def guided(self, output: Any, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:
+        """The output of a forward of the pipeline that has ended, with what perturbed ones add."""
+        return self._guidance.finish(output, arguments, forward)
 
     def after(self, finished: bool) -> None:
         """Account for the forward that ended.
@@ -221,8 +241,8 @@ class Engine:
             seat.rows.update(row for row, seats in acting if number in seats)
             if moment.step is not None:
                 seat.steps.add(moment.step)
-            plans = [plan for act in mine.values() for _, plan in act.parts if plan is not None]
-            seat.plans.update(plan.explain() for plan in plans if not seat.control.observes)
+            if not seat.control.observes:
+                seat.plans.update(line for act in mine.values() for line in act.explained)
 
     def _control(
         self,

@@ -22,6 +22,7 @@ from .execute import Pass
 from .families import Family, family_of
 from .groups import Group
 from .layout import Frames, Measures
+from .output import Output
 from .region import Grid, Region
 from .schedule import Moment
 from .select import Layer, describe
@@ -83,7 +84,7 @@ def _phase_lines(phase: Mapping[str, Any]) -> list[str]:
     lines = [f"steps {phase['steps']}: {names}"]
     lines += ["  tokens " + ", ".join(f"{name} {count}" for name, count in phase["tokens"].items())]
     lines += [f"  {name}: {count} image tokens" for name, count in phase["regions"].items()]
-    lines += [f"  {plan['layers']}: {plan['explain']}" for plan in phase["plans"]]
+    lines += [f"  {one['layers']}: {one['explain']}" for one in (*phase["plans"], *phase["outputs"])]
     return lines + [f"  {note}" for note in phase["influence"]]
 
 
@@ -130,7 +131,7 @@ def explain(
         notes.append(
             "sigma windows are placed on evenly spaced noise levels; pass sigmas=[...] of the run for the true ones"
         )
-    active = [stack.active(Moment(sigma, step, levels), branch) for step, sigma in enumerate(levels)]
+    active = [_active(stack, Moment(sigma, step, levels), branch) for step, sigma in enumerate(levels)]
 
     def length(region: Region) -> int:
         return _length(region, pipe, family, region_tokens, notes)
@@ -144,6 +145,12 @@ def explain(
     )
     rows = tuple(_control(control, stack, active) for control in whole)
     return Explanation(family.name, len(levels), rows, scenes, tuple(dict.fromkeys(notes)))
+
+
+def _active(stack: Stack, moment: Moment, branch: str) -> tuple[int, ...]:
+    """Seats that act in a branch; with the prompt's go those of the perturbed branches that run beside it."""
+    beside = stack.guides(moment) if branch == "cond" else {}
+    return tuple(sorted({*stack.active(moment, branch), *(n for seats in beside.values() for n in seats)}))
 
 
 def _grid(pipe: Any, family: Family, width: int | None, height: int | None) -> Grid:
@@ -187,6 +194,7 @@ def _phase(
     (variant,), _ = stack.variants([frames], [(scene, active)], length)
     plans: list[dict[str, Any]] = []
     reads: list[tuple[str, Edges]] = []
+    edited: dict[tuple[Output, ...], list[Layer]] = {}
     for (frame, acting), layers in _by_acting(stack, variant).items():
         situation, plan = stack.situation(variant, frame), stack.plan(variant, frame, acting, _CPU)
         passes = None
@@ -204,6 +212,9 @@ def _phase(
             controls = [(stack.seats[i].control, stack.own(stack.seats[i].control, scene)) for i in acting]
             passes = build_passes(situation, controls, stack.hidden(variant, acting))
         reads += [(layer.name, _edges(situation, passes)) for layer in layers]
+        for layer in layers:
+            if found := stack.outputs(variant, layer, acting):
+                edited.setdefault(found, []).append(layer)
     order = {layer.name: i for i, layer in enumerate(stack.layers)}
     edges = [found for _, found in sorted(reads, key=lambda item: order[item[0]])]
     main = stack.situation(variant, variant.frames.items[0][0])
@@ -214,6 +225,10 @@ def _phase(
         "tokens": {name: len(item) for name, item in variant.frames.ranges.items()},
         "regions": {region.label: int(n) for region, n in zip(main.regions, member, strict=True)} if active else {},
         "plans": plans,
+        "outputs": [
+            {"layers": describe(layers), "explain": "; ".join(one.explain() for one in found)}
+            for found, layers in edited.items()
+        ],
         "influence": _influence(edges) if active else [],
     }
 
@@ -231,9 +246,9 @@ Edges = dict[Group, frozenset[Group]]
 
 
 def _edges(situation: Situation, passes: Sequence[Pass] | None) -> Edges:
-    """Who reads whom directly in any pass; everyone everyone without passes."""
+    """Who reads whom directly in any pass; everyone everyone without one."""
     (row_atom, rows), (column_atom, columns) = situation.queries, situation.keys
-    if passes is None:
+    if not passes:
         return {group: frozenset(columns) for group in rows}
     edges = torch.zeros(len(rows), len(columns), dtype=torch.bool)
     row, column = _representatives(row_atom, len(rows)), _representatives(column_atom, len(columns))

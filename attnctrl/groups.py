@@ -19,7 +19,7 @@ from .errors import LayoutError
 from .layout import Layout, Span
 from .region import Region
 
-__all__ = ["OTHERS", "Group", "Words", "partition"]
+__all__ = ["OTHERS", "Group", "Words", "marked", "partition"]
 
 Kind = Literal["global", "phrase", "filling", "region_text", "pad", "image", "reference", "register", "shared"]
 OTHERS = -1

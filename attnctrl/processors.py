@@ -15,14 +15,21 @@ from typing import Any
 
 from torch import nn
 
-from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
+from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions
 from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
 from .select import select
 from .tap import check_model, stand_in
 
-__all__ = ["ControlledAttnProcessor", "IsolationAttnProcessor", "RegionAttnProcessor", "processors", "set_processors"]
+__all__ = [
+    "ControlledAttnProcessor",
+    "IsolationAttnProcessor",
+    "PerturbationAttnProcessor",
+    "RegionAttnProcessor",
+    "processors",
+    "set_processors",
+]
 
 
 class ControlledAttnProcessor:
@@ -74,11 +81,16 @@ class RegionAttnProcessor(ControlledAttnProcessor):
     """A layer's original processor with `Regions` or `RegionModulation`."""
 
 
+class PerturbationAttnProcessor(ControlledAttnProcessor):
+    """A layer's original processor with `Perturb`."""
+
+
 _NAMED: dict[type[Control], type[ControlledAttnProcessor]] = {
     Isolate: IsolationAttnProcessor,
     GroupIsolation: IsolationAttnProcessor,
     Regions: RegionAttnProcessor,
     OpenTexts: RegionAttnProcessor,
+    Perturb: PerturbationAttnProcessor,
     RegionModulation: RegionAttnProcessor,
 }
 _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}

@@ -15,7 +15,9 @@ from .controls.base import Control
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
 from .groups import Words
+from .guidance import Guide
 from .layout import Frames, Slots, Span
+from .output import Output, RowOutputs
 from .region import Grid, Region, membership
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
@@ -94,7 +96,7 @@ class Stack:
                 )
         self._members: dict[tuple[int, Grid], Tensor] = {}
         self._situations: dict[tuple[Variant, str], Situation] = {}
-        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], ExecutionPlan] = {}
+        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], ExecutionPlan | None] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
 
     def _text_declaring(self) -> list[Control]:
@@ -143,11 +145,25 @@ class Stack:
                         "attach(..., branches=('uncond', 'cond')), run each branch in "
                         "`with model.cache_context('cond'):` (or 'uncond'), or give the control branch='all'."
                     )
-                if branch != control.branch:
+                # a branch that a pipeline perturbs by itself is not the one that a control opens
+                if branch != control.branch or control.guide is not None:
                     continue
             if is_active(control.window, moment, control.name):
                 chosen.append(number)
         return tuple(chosen)
+
+    def guides(self, moment: Moment) -> dict[Guide, tuple[int, ...]]:
+        """The perturbed branches that run now, with the numbers of the seats that act in each beside those of "cond".
+
+        Raises:
+            ScheduleError: as of `active`.
+        """
+        asked = [(number, seat.control, seat.control.guide) for number, seat in enumerate(self.seats)]
+        due = [(n, guide) for n, one, guide in asked if guide is not None and is_active(one.window, moment, one.name)]
+        # other controls of that name act in all of them
+        more = self.active(moment, "perturbed") if due else ()
+        guides = dict.fromkeys(guide for _, guide in due)
+        return {guide: tuple(sorted({*more, *(n for n, asked in due if asked == guide)})) for guide in guides}
 
     def needs_position(self) -> bool:
         """Some window depends on where in the run a forward stands, or an observer counts steps."""
@@ -275,6 +291,16 @@ class Stack:
             self._plans[key] = build_plan(self.situation(variant, frame), controls, hidden, device, host)
         return self._plans[key]
 
+    def outputs(self, variant: Variant, layer: Layer, acting: tuple[int, ...]) -> tuple[Output, ...]:
+        """What becomes of the executed calls of a layer in which the seats `acting` act."""
+        controls = [self.seats[i].control for i in acting]
+        asked = [control for control in controls if type(control).output is not Control.output]
+        if not asked:
+            return ()
+        situation = self.situation(variant, layer.frame)
+        made = (control.output(situation, self.own(control, variant.scene), layer) for control in asked)
+        return tuple(one for one in made if one is not None)
+
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
         """Regions whose text is in the sequence while no control of a layer shows it."""
         shown = {number for number, _ in self.texts(variant.scene, acting)}
@@ -294,9 +320,11 @@ class Stack:
         acts: Acts = {}
         for layer in self.layers:
             acting = tuple(self.acting(variant, layer.name, present) for variant in rows)
-            key = (acting, layer.frame, layer.call)
+            pairs = zip(rows, acting, strict=True)
+            outputs = tuple(self.outputs(variant, layer, own) for variant, own in pairs)
+            key = (acting, outputs, layer.frame, layer.call)
             if key not in made:
-                made[key] = self._act(rows, acting, layer, device, host)
+                made[key] = self._act(rows, acting, outputs, layer, device, host)
             found = made[key]
             if found is not None:
                 acts[layer.name] = found
@@ -306,19 +334,21 @@ class Stack:
         self,
         rows: Mapping[Variant, list[int]],
         acting: tuple[tuple[int, ...], ...],
+        outputs: tuple[tuple[Output, ...], ...],
         layer: Layer,
         device: torch.device,
         host: Host,
     ) -> tuple[Act, frozenset[int]] | None:
         plans = [self.plan(variant, layer.frame, own, device, host) for variant, own in zip(rows, acting, strict=True)]
-        if all(plan is None for plan in plans):
+        unplanned, unedited = all(plan is None for plan in plans), not any(outputs)
+        if unplanned and unedited:
             return None
-        parts: list[tuple[Tensor | None, ExecutionPlan | None]] = [
-            (None if len(rows) == 1 else torch.tensor(mine, device=device), plan)
-            for mine, plan in zip(rows.values(), plans, strict=True)
-        ]
+        mine = [None if len(rows) == 1 else torch.tensor(one, device=device) for one in rows.values()]
+        # without a plan all rows are one call
+        parts = [(None, None)] if unplanned else list(zip(mine, plans, strict=True))
+        edits: Sequence[RowOutputs] = () if unedited else list(zip(mine, plans, outputs, strict=True))
         tokens = next(iter(rows)).frames[layer.frame].tokens
-        return Act(parts, tokens, layer.call), frozenset(i for numbers in acting for i in numbers)
+        return Act(parts, tokens, layer.call, edits), frozenset(i for numbers in acting for i in numbers)
 
 
 def _selected(layers: Sequence[Layer], control: Control, presets: Presets) -> tuple[Layer, ...]:

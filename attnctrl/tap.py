@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .call import Act
 from .errors import LayoutError, UnsupportedModelError
+from .guidance import copied
 from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
 from .select import Layer, describe
 
@@ -101,6 +102,13 @@ class Listener(Protocol):
 
     def after(self, finished: bool) -> None:
         """The forward has ended; `finished` is False after an exception."""
+
+    @property
+    def guides(self) -> bool:
+        """Whether `guided` may have something to add to outputs."""
+
+    def guided(self, output: Any, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:
+        """The output that a forward with these arguments returns; `forward` runs the model once more."""
 
 
 class Tap:
@@ -270,14 +278,22 @@ class Tap:
                 "model.compile_repeated_blocks()."
             )
         clear_scopes()
+        changed = self.listener.before(self.bound(args, kwargs))
+        return None if changed is None else ((), changed)
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward by name.
+
+        Raises:
+            LayoutError: when the model's forward cannot be called with them.
+        """
         try:
-            bound = self._signature.bind(model, *args, **kwargs)
+            bound = self._signature.bind(self.model, *args, **kwargs)
         except TypeError as error:
-            raise LayoutError(f"{type(model).__name__}.forward cannot be called like this: {error}.") from error
+            raise LayoutError(f"{type(self.model).__name__}.forward cannot be called like this: {error}.") from error
         arguments = dict(bound.arguments)
         arguments.pop(next(iter(self._signature.parameters)))
-        changed = self.listener.before(arguments)
-        return None if changed is None else ((), changed)
+        return arguments
 
     def _after(self, finished: bool) -> None:
         try:
@@ -360,6 +376,14 @@ class _RootCall:
         return self.compiled is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        listener = self.tap.listener
+        if not listener.guides:
+            return self._forward(*args, **kwargs)
+        held = copied(self.tap.bound(args, kwargs))
+        output = self._forward(*args, **kwargs)
+        return listener.guided(output, held, lambda again: self._forward(**again))
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         finished = False
         try:
             if self.compiled is None:

@@ -75,7 +75,7 @@ def test_control_checks() -> None:
         ac.Regions([region], global_text="backgroud")
     with pytest.raises(ac.ControlError, match=r"hub must be one of relay, source"):
         ac.Isolate(hub="drop")
-    with pytest.raises(ac.ControlError, match=r"branch must be one of cond, uncond, all"):
+    with pytest.raises(ac.ControlError, match=r"branch must be one of cond, uncond, all, perturbed"):
         ac.Isolate(branch="negative")
     with pytest.raises(ac.ControlError, match="found a list of str"):
         ac.Regions(["cat"])

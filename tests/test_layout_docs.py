@@ -1,4 +1,4 @@
-"""The page and the example of layouts are executed as they stand."""
+"""The pages of layouts, presets and perturbed attention, and the example of layouts, are executed as they stand."""
 
 from __future__ import annotations
 
@@ -67,3 +67,13 @@ def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert red > 200 > 100 > blue
     assert names["latents"].equal(names["trajectory"].latents[2])
     assert not names["held"].clean.allclose(names["inverter"].generate(names["trajectory"]).clean)
+
+
+def test_the_page_of_perturbed_attention_runs() -> None:
+    names: dict = {}
+    first, second = blocks("perturb.md")
+    exec(first, names)
+    [told] = names["handle"].report().controls
+    assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
+    exec(second, names)
+    assert names["handle"].report().forwards == 2 * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import CONTROLS, Control
 from .isolation import Isolate
 from .lamic import GroupIsolation, RegionModulation
+from .perturb import Perturb
 from .region import OpenTexts, Regions
 
-__all__ = ["CONTROLS", "Control", "GroupIsolation", "Isolate", "OpenTexts", "RegionModulation", "Regions"]
+__all__ = ["CONTROLS", "Control", "GroupIsolation", "Isolate", "OpenTexts", "Perturb", "RegionModulation", "Regions"]

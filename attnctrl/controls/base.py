@@ -9,16 +9,18 @@ from typing import Any, ClassVar, Literal
 
 from ..call import Blend, Probe, Situation
 from ..errors import ControlError
+from ..guidance import Guide
 from ..layout import Span
+from ..output import Output
 from ..region import Overlap, Region
 from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
-from ..select import Selector
+from ..select import Layer, Selector
 from ..visibility import Visibility
 from ..watch import View
 
 __all__ = ["CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
 
-Branch = Literal["cond", "uncond", "all"]
+Branch = Literal["cond", "uncond", "all", "perturbed"]
 Scenes = tuple[tuple[Region, ...], ...]
 
 CONTROLS: dict[str, type[Control]] = {}
@@ -32,7 +34,8 @@ class Control:
     Attributes:
         layers: selector of attention layers (see `attnctrl.select`); None means all.
         window: when to act: (start, stop) of the denoising progress in [0, 1], or `Sigma(high, low)`.
-        branch: guidance branch to act in; "all" acts in every one.
+        branch: guidance branch to act in; "all" acts in every one. "perturbed" are those that `Perturb` opens, in which
+            controls of "cond" act as well.
         strength: in [0, 1]; 0 is "not there".
 
     Raises:
@@ -102,6 +105,15 @@ class Control:
     def probes(self, view: View) -> Mapping[str, Probe]:
         """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
         return {}
+
+    def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
+        """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
+        return None
+
+    @property
+    def guide(self) -> Guide | None:
+        """The perturbed branch that it opens and acts in; None acts in the branches that there are."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form; fields at their default are left out."""
@@ -178,6 +190,8 @@ def _to_json(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, tuple | list):
         return [_to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
     return value
 
 

@@ -110,6 +110,11 @@ def _early(counts: Mapping[str, int]) -> str:
     return f"single:0-{max(0, (counts['single'] + 1) // 2 - 1)}"
 
 
+def _middle(counts: Mapping[str, int]) -> str:
+    index = (counts["double"] + counts["single"]) // 2
+    return f"double:{index}" if index < counts["double"] else f"single:{index - counts['double']}"
+
+
 FLUX = Family(
     name="flux",
     models=("FluxTransformer2DModel",),
@@ -123,7 +128,7 @@ FLUX = Family(
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
     # Seg2Any isolates regions in single blocks 0..18 of 38
-    presets={"single-early": _early},
+    presets={"single-early": _early, "middle": _middle},
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,

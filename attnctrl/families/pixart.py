@@ -37,6 +37,8 @@ PIXART = Family(
     measure=measure,
     arrange=crossed,
     batch=("uncond", "cond"),
+    # PixArt-Sigma's perturbed-attention guidance takes block 14 of 28
+    presets={"middle": lambda counts: f"self:{counts['self'] // 2}"},
     pixels_per_token=16,
     timestep=lambda arguments: arguments["timestep"],
     append_text=append_to("encoder_attention_mask"),

@@ -63,6 +63,7 @@ SD3 = Family(
     measure=measure,
     arrange=arrange,
     batch=("uncond", "cond"),
+    presets={"middle": lambda counts: f"joint:{counts['joint'] // 2}"},
     pixels_per_token=16,
     timestep=lambda arguments: arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from ..layout import Layout, Span, marked
+from ..groups import marked
+from ..layout import Layout, Span
 from ..phrases import phrase_spans
 from ..region import Region, membership
 

@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..call import Act, of_rows, per_sample
+from ..call import Act, per_sample
 from ..errors import PlanError
 from ..execute import Kernel, as_bias, sdpa
 from ..execute.tokens import add_bias
+from ..output import of_rows
 from ..region import Grid
 
 __all__ = ["LayerProbe", "probe"]

@@ -1,0 +1,243 @@
+"""Perturbed branches: the prompt's rows once more through the model, and what that adds to a step.
+
+    guided = u + s (c - u) + sum_k w_k (c - p_k)
+
+c is the prediction for the prompt, u that without it, p_k that for the prompt through a perturbed model. A pipeline
+computes u + s (c - u) itself from what the model returns. The coefficients of each combination add up to 1, so
+g = sum_k w_k (c - p_k) on every row of a step that the pipeline gets adds exactly g to the result, whatever s is, and
+whatever further branches of its own it combines. Rescaling in the pipeline (`guidance_rescale`) sees c + g.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Row
+from .errors import ControlError
+from .families import Arguments, Family
+from .perturb import exact
+from .place import Branches
+from .schedule import Moment, Window
+
+__all__ = ["Guidance", "Guide", "Step", "added", "copied", "increment", "rows_of_arguments"]
+
+PERTURBED = "perturbed"
+_SHARED = frozenset({"image_rotary_emb"})
+"""Names of arguments that are the same for all rows."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A perturbed branch: controls that ask for equal ones act in it together.
+
+    Attributes:
+        scale: w, how far to go away from it; 0 is "not there".
+        rescale: in [0, 1], how far the increment g shrinks (or grows) by std(c) / std(c + g), taken over all of a row.
+        window: when it runs.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    window: Window = (0.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Where a forward stands, what its rows are, and the numbers of the seats that act in each branch."""
+
+    moment: Moment
+    branches: Branches
+    rows: Sequence[Row]
+    active: Mapping[str | None, tuple[int, ...]]
+
+
+class Guidance:
+    """The perturbed branches of one model.
+
+    Attributes:
+        further: the step of the perturbed forward that runs at present; None in the pipeline's own forwards.
+    """
+
+    def __init__(self, family: Family, model: Any) -> None:
+        self.family = family
+        self.model = model
+        self.further: Step | None = None
+        self._due: tuple[Step, Mapping[Guide, tuple[int, ...]], bool] | None = None
+        self._kept: tuple[Tensor, Any, list[Tensor]] | None = None
+        self._told: set[Guide] = set()
+
+    def begin(self, step: Step, guides: Mapping[Guide, tuple[int, ...]], leads: bool) -> None:
+        """A forward of the pipeline begins, in a step with these branches; `guides` holds the seats of each.
+
+        `leads`: when it holds the prompt's rows, they are the plain ones and not those of a branch that the pipeline
+        perturbs by itself.
+        """
+        self._due = (step, guides, leads and "cond" in step.branches) if guides else None
+        if not guides:
+            self._kept = None
+
+    def finish(self, output: Any, arguments: Arguments, forward: Callable[[Arguments], Any]) -> Any:
+        """The output of a forward of the pipeline with what the perturbed branches of its step add.
+
+        Args:
+            arguments: as the forward got them.
+            forward: runs the model.
+
+        Raises:
+            ControlError: when the forward is of another branch, and the prompt's of the same step did not come before.
+        """
+        due, self._due = self._due, None
+        if due is None:
+            return output
+        step, guides, leads = due
+        sample = _sample(output)
+        latents = arguments[self.family.hidden]
+        mine = [number for number, row in enumerate(step.rows) if row.branch == "cond"]
+        if leads:
+            inputs = rows_of_arguments(arguments, mine, len(step.rows), (self.family.hidden, self.family.prompt))
+            steps = {guide: _perturbed(step, mine, seats) for guide, seats in guides.items()}
+            own = [sample[number] for number in mine]
+            increments = [self._increment(own, latents, inputs, guide, step, forward) for guide, step in steps.items()]
+            found = [torch.stack(parts).sum(0) for parts in zip(*increments, strict=True)]
+            self._kept = (self.family.timestep(inputs).reshape(-1)[0], inputs[self.family.hidden], found)
+        else:
+            found = self._found(arguments, latents)
+        rows = [added(row, found[number % len(found)], latents[0]) for number, row in enumerate(sample)]
+        return _with_sample(output, torch.stack(rows) if isinstance(sample, Tensor) else rows)
+
+    def _increment(
+        self,
+        own: list[Tensor],
+        latents: Any,
+        inputs: Arguments,
+        guide: Guide,
+        step: Step,
+        forward: Callable[[Arguments], Any],
+    ) -> list[Tensor]:
+        """g of each of the prompt's rows, from one perturbed forward."""
+        self.further = step
+        # caches keep what they know of a branch by its name; a model without diffusers' hooks would be given some
+        named = "_diffusers_hook" in vars(self.model) and hasattr(self.model, "cache_context")
+        context = self.model.cache_context(PERTURBED) if named else nullcontext()
+        try:
+            with context:
+                perturbed = _sample(forward(copied(inputs)))
+        finally:
+            self.further = None
+        pairs = zip(own, perturbed, strict=True)
+        found = [increment(_guided(c, latents[0]), _guided(p, latents[0]), guide) for c, p in pairs]
+        if guide not in self._told:
+            self._told.add(guide)
+            if not any(bool(part.any()) for part in found):
+                warnings.warn(
+                    f"A perturbed branch (scale {guide.scale:g}) gives what the prompt's gives, to the bit: it adds "
+                    "nothing. Its layers have no influence, or one key only.",
+                    stacklevel=2,
+                )
+        return found
+
+    def _found(self, arguments: Arguments, latents: Any) -> list[Tensor]:
+        """What was kept of the prompt's forward of this step."""
+        timestep = self.family.timestep(arguments).reshape(-1)[0]
+        if self._kept is None or not (torch.equal(timestep, self._kept[0]) and _same(latents, self._kept[1])):
+            raise ControlError(
+                "A perturbed branch adds the same to all branches of a step, and this forward is not the prompt's, "
+                "which must come first with the same latents and timestep. Run the prompt's branch first, or name the "
+                "branches of a batch with attach(..., branches=('uncond', 'cond'))."
+            )
+        return self._kept[2]
+
+
+def increment(c: Tensor, p: Tensor, guide: Guide) -> Tensor:
+    """g = w (c - p) of one row, in float32 at least; times phi std(c) / std(c + g) + 1 - phi where it is rescaled."""
+    found = guide.scale * (exact(c) - exact(p))
+    if not guide.rescale:
+        return found
+    before, after = exact(c).std(), (exact(c) + found).std()
+    ratio = torch.where(after > 0, before / after, torch.ones_like(after))
+    return found * (guide.rescale * ratio + 1 - guide.rescale)
+
+
+def added(row: Tensor, found: Tensor, latents: Tensor) -> Tensor:
+    """A row of the model's output with g, in its own dtype; a learned variance behind the prediction stays."""
+    if found.shape == row.shape:
+        return (exact(row) + found).to(row.dtype)
+    dim = _doubled(row, latents)
+    rest = row.narrow(dim, found.shape[dim], row.shape[dim] - found.shape[dim])
+    return torch.cat([(exact(_guided(row, latents)) + found).to(row.dtype), rest], dim)
+
+
+def _guided(row: Tensor, latents: Tensor) -> Tensor:
+    """The part of a row that is a prediction: all of it, but half where the model learns a variance as well."""
+    dim = _doubled(row, latents)
+    return row if dim is None else row.narrow(dim, 0, latents.shape[dim])
+
+
+def _doubled(row: Tensor, latents: Tensor) -> Any:
+    """The axis along which a row of the output is twice its latents, and equal along all others; None without one."""
+    if row.ndim != latents.ndim:
+        return None
+    other = [dim for dim in range(row.ndim) if row.shape[dim] != latents.shape[dim]]
+    return other[0] if len(other) == 1 and row.shape[other[0]] == 2 * latents.shape[other[0]] else None
+
+
+def rows_of_arguments(arguments: Arguments, rows: Sequence[int], batch: int, lists: Sequence[str]) -> Arguments:
+    """The arguments of a forward of some rows of a batch.
+
+    Tensors of `batch` rows are cut, also within lists and dictionaries; `lists` names arguments that may hold an entry
+    per row.
+    """
+    if len(rows) == batch:
+        return arguments
+
+    def cut(name: str, value: Any) -> Any:
+        if name in _SHARED:
+            return value
+        if name in lists and isinstance(value, list):
+            return [value[number] for number in rows]
+        return _mapped(value, lambda x: x[list(rows)] if x.ndim and len(x) == batch else x)
+
+    return {name: cut(name, value) for name, value in arguments.items()}
+
+
+def copied(arguments: Arguments) -> Arguments:
+    """The same tensors in other lists and dictionaries: some models take things out of those that they are given."""
+    return {name: _mapped(value, lambda x: x) for name, value in arguments.items()}
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(one, change) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(one, change) for one in value)
+    return value
+
+
+def _perturbed(step: Step, mine: Sequence[int], seats: tuple[int, ...]) -> Step:
+    """The step of a perturbed forward: the prompt's rows, and what acts there, in the order of the stack."""
+    rows = [Row(PERTURBED, step.rows[number].sample) for number in mine]
+    acting = tuple(sorted({*step.active["cond"], *seats}))
+    return Step(step.moment, (PERTURBED,), rows, {PERTURBED: acting})
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return first is second or (first.shape == second.shape and torch.equal(first, second))
+    return len(first) == len(second) and all(map(_same, first, second))
+
+
+def _sample(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _with_sample(output: Any, sample: Any) -> Any:
+    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "sample": sample})

@@ -1,0 +1,117 @@
+"""The output stage of a call: what controls make of the attention after it was executed.
+
+Controls give an `Output` for the rows of a layer that they act in. It is called once the kernel has run and sees what
+the kernel was given; several follow each other in list order. Layers without one never come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from .execute import ExecutionPlan
+
+__all__ = ["Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
+
+Run = Callable[..., Tensor]
+"""(plan or None, query, key, value, mask, scale) -> the attention of some rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Executed:
+    """A kernel call that has run, as one variant of rows sees it.
+
+    Attributes:
+        query: [B, H, Tq, D].
+        key, value: [B, Hk, Tk, D]; in joint attention query i belongs to value i.
+        out: [B, H, Tq, D], what was executed, and earlier outputs have made of it.
+        mask: the model's own, bool (True sees) or additive, 4D, broadcastable to [B, H, Tq, Tk]; or None.
+        scale: of the scores; None means 1 / sqrt(D).
+        planned: controls of visibility act on this call as well.
+        attend: (query [B, H, Tq, D], scale) -> the attention of another query over the same keys, under the same mask
+            and visibility. Where `alike`, a query [B, H, 1, D] will do.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    mask: Tensor | None
+    scale: float | None
+    planned: bool
+    attend: Callable[[Tensor, float | None], Tensor]
+
+    @property
+    def alike(self) -> bool:
+        """All queries see the same keys."""
+        return not self.planned and (self.mask is None or self.mask.shape[2] == 1)
+
+
+class Output(Protocol):
+    """What becomes of an executed call. Equal ones do the same, so that layers share them."""
+
+    def __call__(self, call: Executed) -> Tensor:
+        """The new output [B, H, Tq, D]."""
+
+    def explain(self) -> str:
+        """One line for reports."""
+
+
+RowOutputs = tuple[Tensor | None, ExecutionPlan | None, tuple[Output, ...]]
+"""(rows int64 [n] or None for all, the plan they were executed by, their outputs in list order)."""
+
+
+def edited(
+    outputs: Sequence[RowOutputs],
+    out: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    run: Run,
+    scale: float | None,
+) -> Tensor:
+    """The executed `out` after the outputs of its rows; rows without one keep theirs to the bit.
+
+    Args:
+        parts: query, key, value of all rows.
+        mask: the model's own, 4D.
+        run: executes some rows again, for `Executed.attend`.
+    """
+    for rows, plan, edits in outputs:
+        if edits:
+            mine = _edited(
+                edits, plan, _taken(out, rows), [_taken(x, rows) for x in parts], of_rows(mask, rows), run, scale
+            )
+            out = mine if rows is None else out.index_copy(0, rows, mine)
+    return out
+
+
+def _edited(
+    edits: Sequence[Output],
+    plan: ExecutionPlan | None,
+    out: Tensor,
+    parts: Sequence[Tensor],
+    mask: Tensor | None,
+    run: Run,
+    scale: float | None,
+) -> Tensor:
+    query, key, value = parts
+
+    def attend(other: Tensor, other_scale: float | None) -> Tensor:
+        return run(plan, other, key, value, mask, other_scale)
+
+    call = Executed(query, key, value, out, mask, scale, plan is not None, attend)
+    for edit in edits:
+        call = replace(call, out=edit(call))
+    return call.out
+
+
+def _taken(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def of_rows(mask: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
+    """The part of a 4D mask that belongs to some rows; all of it where it is the same for all rows."""
+    return mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]
