@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions
+    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from .processors import (
         ControlledAttnProcessor,
         IsolationAttnProcessor,
-        PerturbationAttnProcessor,
+        PerturbedAttnProcessor,
         RegionAttnProcessor,
+        SharedAttnProcessor,
         processors,
         set_processors,
     )
@@ -58,7 +59,7 @@ __all__ = [
     "LayoutError",
     "OpenTexts",
     "Perturb",
-    "PerturbationAttnProcessor",
+    "PerturbedAttnProcessor",
     "PlanError",
     "Region",
     "RegionAttnProcessor",
@@ -68,6 +69,8 @@ __all__ = [
     "SceneError",
     "ScheduleError",
     "SelectionError",
+    "Share",
+    "SharedAttnProcessor",
     "Sigma",
     "SilentControlError",
     "UnsupportedModelError",
@@ -84,7 +87,16 @@ __all__ = [
 
 _HOMES = {
     "attach": ("Handle", "attach"),
-    "controls": ("Control", "GroupIsolation", "Isolate", "OpenTexts", "Perturb", "RegionModulation", "Regions"),
+    "controls": (
+        "Control",
+        "GroupIsolation",
+        "Isolate",
+        "OpenTexts",
+        "Perturb",
+        "RegionModulation",
+        "Regions",
+        "Share",
+    ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),
     "presets": ("preset",),
@@ -92,8 +104,9 @@ _HOMES = {
     "processors": (
         "ControlledAttnProcessor",
         "IsolationAttnProcessor",
-        "PerturbationAttnProcessor",
+        "PerturbedAttnProcessor",
         "RegionAttnProcessor",
+        "SharedAttnProcessor",
         "processors",
         "set_processors",
     ),

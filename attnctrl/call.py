@@ -11,20 +11,23 @@ A `Situation` is what a control knows when it is asked for its part: one sample'
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
+from .execute.tokens import TokenSet
 from .groups import Group, Words, partition
 from .layout import Frame, Layout
 from .output import RowOutputs, edited, of_rows
 from .region import Region
+from .sources import Sources, compacted, shifted
+from .variants import Line
 from .visibility import Visibility, compose
 
 __all__ = ["Act", "Blend", "Probe", "Row", "Situation", "build_passes", "build_plan", "per_sample"]
@@ -32,11 +35,11 @@ __all__ = ["Act", "Blend", "Probe", "Row", "Situation", "build_passes", "build_p
 
 @dataclass(frozen=True)
 class Row:
-    """One batch entry: which guidance branch, which sample (scene) of the batch, which role."""
+    """One batch entry: which guidance branch, which sample (scene) of the batch, which of the branch's rows."""
 
     branch: str | None
     sample: int
-    role: Literal["target", "reference"] = "target"
+    image: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +51,19 @@ class Situation:
         regions: all regions declared by the stack, whether their control acts in this phase or not.
         member: bool [regions, image tokens].
         words: what the tokens of the prompt are.
+        shared: of each other picture whose tokens are among the keys, who holds them, see `partition`.
+        line: which picture of how many this is.
     """
 
     frame: Frame
     regions: tuple[Region, ...]
     member: Tensor
     words: Words = field(default_factory=Words)
+    shared: Mapping[int, Tensor] = field(default_factory=dict)
+    line: Line = field(default_factory=partial(Line, 0, ()))
 
     def _split(self, side: Layout) -> tuple[Tensor, tuple[Group, ...]]:
-        return partition(side, self.member, self.regions, self.words)
+        return partition(side, self.member, self.regions, self.words, self.shared)
 
     @cached_property
     def queries(self) -> tuple[Tensor, tuple[Group, ...]]:
@@ -151,10 +158,19 @@ def build_plan(
     hidden: frozenset[int],
     device: torch.device | str,
     host: Host = Host(),
-) -> ExecutionPlan | None:
-    """The execution plan of one layer, with its index tensors on `device`; None when everyone sees everyone."""
+) -> tuple[ExecutionPlan | None, tuple[TokenSet, ...]]:
+    """The execution plan of one layer, with its index tensors on `device`, None when everyone sees everyone; and of
+    each other picture that is read, the tokens that come behind the own keys.
+    """
     passes = build_passes(situation, acting, hidden)
-    return plan(passes, device=device, host=host) if passes else None
+    if not situation.shared:
+        return (plan(passes, device=device, host=host) if passes else None), ()
+    keys, images = situation.frame.keys, len(situation.frame.queries["image"])
+    passes = passes or [Pass(situation.tabulate(lambda q, k: 1.0))]
+    own = keys.tokens - images * len(situation.shared)
+    passes, left = compacted(passes, own, [images] * len(situation.shared))
+    begin = keys["image"].start
+    return plan(passes, device=device, host=host), tuple(shifted(one, begin).to(device) for one in left)
 
 
 def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
@@ -165,7 +181,7 @@ def _hide(situation: Situation, hidden: frozenset[int]) -> Visibility | None:
 
     if not any(is_hidden(group) for _, groups in (situation.queries, situation.keys) for group in groups):
         return None
-    return situation.tabulate(lambda q, k: float(q is k or not (is_hidden(q) or is_hidden(k))))
+    return situation.tabulate(lambda q, k: float(q == k or not (is_hidden(q) or is_hidden(k))))
 
 
 def _weighted(visibility: Visibility, share: Tensor) -> Pass:
@@ -197,6 +213,7 @@ class Act:
         call: which of the module's kernel calls is meant; the others, such as those that read an IP-Adapter's
             pictures, stay as they are.
         outputs: what becomes of the executed call, for each set of rows; () leaves it alone.
+        sources: of each part, what its rows read of others; () nothing.
         probes: what watches that call.
     """
 
@@ -208,11 +225,13 @@ class Act:
         tokens: tuple[int, int],
         call: int = 0,
         outputs: Sequence[RowOutputs] = (),
+        sources: Sequence[Sources | None] = (),
     ) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
         self.call = call
         self.outputs = tuple(outputs)
+        self.sources = tuple(sources) or (None,) * len(self.parts)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
         told = rows or [rows for rows, _, _ in self.outputs if rows is not None]
@@ -269,9 +288,13 @@ class Act:
         if self._order is None:
             out = run(self.parts[0][1], query, key, value, mask, scale)
         else:
-            pieces = [
-                run(part, query[rows], key[rows], value[rows], of_rows(mask, rows), scale) for rows, part in self.parts
-            ]
+            pieces = []
+            for (rows, part), sources in zip(self.parts, self.sources, strict=True):
+                keys, values, masked = key[rows], value[rows], of_rows(mask, rows)
+                if sources is not None:
+                    keys, values = sources.extend(key, keys, keys=True), sources.extend(value, values, keys=False)
+                    masked = sources.widen(masked)
+                pieces.append(run(part, query[rows], keys, values, masked, scale))
             out = torch.cat(pieces)[self._order]
         return edited(self.outputs, out, (query, key, value), mask, run, scale)
 

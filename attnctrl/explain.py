@@ -26,8 +26,9 @@ from .output import Output
 from .region import Grid, Region
 from .schedule import Moment
 from .select import Layer, describe
-from .stack import Stack, Variant
+from .stack import Stack
 from .tap import stand_in_notes
+from .variants import Line, Variant
 
 __all__ = ["Explanation", "explain"]
 
@@ -191,7 +192,7 @@ def _control(control: Control, stack: Stack, active: Sequence[tuple[int, ...]]) 
 def _phase(
     stack: Stack, frames: Frames, scene: int, active: tuple[int, ...], steps: Sequence[int], length: Any
 ) -> dict[str, Any]:
-    (variant,), _ = stack.variants([frames], [(scene, active)], length)
+    (variant,), _ = stack.variants([frames], [Line(scene, active)], length)
     plans: list[dict[str, Any]] = []
     reads: list[tuple[str, Edges]] = []
     edited: dict[tuple[Output, ...], list[Layer]] = {}

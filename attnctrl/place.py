@@ -120,7 +120,7 @@ def rows_of(batch: int, branches: Branches, scenes: int) -> list[Row]:
             "regions per prompt, or one list for all."
         )
     # pipelines repeat each prompt num_images_per_prompt times in a row
-    return [Row(branch, index * scenes // each) for branch in branches for index in range(each)]
+    return [Row(branch, index * scenes // each, index) for branch in branches for index in range(each)]
 
 
 def skipped_blocks(arguments: Arguments) -> Sequence[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions
+from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
 from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
@@ -25,8 +25,9 @@ from .tap import check_model, stand_in
 __all__ = [
     "ControlledAttnProcessor",
     "IsolationAttnProcessor",
-    "PerturbationAttnProcessor",
+    "PerturbedAttnProcessor",
     "RegionAttnProcessor",
+    "SharedAttnProcessor",
     "processors",
     "set_processors",
 ]
@@ -81,7 +82,11 @@ class RegionAttnProcessor(ControlledAttnProcessor):
     """A layer's original processor with `Regions` or `RegionModulation`."""
 
 
-class PerturbationAttnProcessor(ControlledAttnProcessor):
+class SharedAttnProcessor(ControlledAttnProcessor):
+    """A layer's original processor with `Share`."""
+
+
+class PerturbedAttnProcessor(ControlledAttnProcessor):
     """A layer's original processor with `Perturb`."""
 
 
@@ -90,7 +95,8 @@ _NAMED: dict[type[Control], type[ControlledAttnProcessor]] = {
     GroupIsolation: IsolationAttnProcessor,
     Regions: RegionAttnProcessor,
     OpenTexts: RegionAttnProcessor,
-    Perturb: PerturbationAttnProcessor,
+    Perturb: PerturbedAttnProcessor,
+    Share: SharedAttnProcessor,
     RegionModulation: RegionAttnProcessor,
 }
 _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}

@@ -135,7 +135,7 @@ def report_of(engine: Any, entry: Any) -> Report:
                 forwards=seat.forwards if seat else 0,
                 skipped=seat.skipped if seat else 0,
                 steps=tuple(sorted(seat.steps)) if seat else (),
-                rows=tuple(sorted((row.branch or "one", row.sample) for row in seat.rows)) if seat else (),
+                rows=tuple(sorted({(row.branch or "one", row.sample) for row in seat.rows})) if seat else (),
                 plans=tuple(sorted(seat.plans)) if seat else (),
             )
         )

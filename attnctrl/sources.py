@@ -51,6 +51,8 @@ class Sources:
         """`own` [rows, H, Tk, D] with the sources' part of `states` [B, H, Tk, D] behind it; keys are moved."""
         parts = [own]
         for number, (tokens, move) in enumerate(zip(self.tokens, self.moves, strict=True)):
+            if not tokens.count:
+                continue
             part = tokens.take(states)[self.rows[:, number]]
             parts.append(part if move is None or not keys else move.rotary.turn(part, move.shift))
         return torch.cat(parts, dim=2)

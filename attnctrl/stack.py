@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
+from .declared import Declared, nth
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .execute import ExecutionPlan, Host
+from .execute.tokens import TokenSet
 from .groups import Words
 from .guidance import Guide
 from .layout import Frames, Slots, Span
 from .output import Output, RowOutputs
-from .region import Grid, Region, membership
+from .region import Region
+from .rotary import Rotary
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
+from .sources import Sources
+from .variants import Line, Variant, make_variants
 
-__all__ = ["Acts", "Presence", "Seat", "Stack", "Variant"]
+__all__ = ["Acts", "Presence", "Seat", "Stack"]
 
 Acts = dict[str, tuple[Act, frozenset[int]]]
 """By layer: what it does, and the numbers of the seats that act there."""
 Presence = tuple[frozenset[str] | None, ...]
 """By seat: the layers its processors sit on; None for all."""
+
+Planned = tuple[ExecutionPlan | None, tuple[TokenSet, ...]]
 
 _CACHED_PLANS = 256
 
@@ -49,22 +54,14 @@ class Seat:
     plans: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What rows of one scene and one branch have in common in one phase: scene, acting seats, and their sequence."""
-
-    scene: int
-    active: tuple[int, ...]
-    frames: Frames
-
-
-class Stack:
+class Stack(Declared):
     """Controls in list order on the layers of one model.
 
     Args:
         controls: idle ones are left out.
         layers: all layers of the model.
         presets: the family's named selectors.
+        rotary: how keys turn with their positions; None where they do not.
 
     Raises:
         SelectionError: when a control selects no layer.
@@ -72,57 +69,26 @@ class Stack:
         ControlError: when a control needs regions and nobody declares any, or numbers of scenes disagree.
     """
 
-    def __init__(self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets) -> None:
+    def __init__(
+        self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets, rotary: Rotary | None = None
+    ) -> None:
+        super().__init__(controls)
         self.layers = tuple(layers)
+        self.rotary = rotary
         self.seats = [
             Seat(control, frozenset(layer.name for layer in _selected(layers, control, presets)))
             for control in controls
             if not control.is_idle
         ]
-        # declared even where the control is idle or out of its window, so that isolation keeps its regions
-        self._declaring = [control for control in controls if control.scenes]
-        told = [(control.scenes, control.prompt_spans) for control in controls]
-        counts = {len(scenes) for pair in told for scenes in pair} - {0, 1}
-        if len(counts) > 1:
-            raise ControlError(
-                f"Controls of one stack hold regions for different numbers of samples: {sorted(counts)}."
-            )
-        self.scenes = max(counts, default=1)
         for seat in self.seats:
             if seat.control.needs_regions and not seat.control.scenes and not self._text_declaring():
                 raise ControlError(
                     f"'{seat.control.name}' needs regions, but it has none and no control of the stack declares any. "
                     "Give it regions=[...], or attach it together with Regions([...])."
                 )
-        self._members: dict[tuple[int, Grid], Tensor] = {}
-        self._situations: dict[tuple[Variant, str], Situation] = {}
-        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], ExecutionPlan | None] = {}
+        self._situations: dict[tuple[Variant, str, tuple[int, ...]], Situation] = {}
+        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], Planned] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
-
-    def _text_declaring(self) -> list[Control]:
-        return [control for control in self._declaring if control.appends_text]
-
-    def _lending(self, borrower: Control) -> list[Control]:
-        """Whose regions a control without any acts on: those of its own branch, or else of any."""
-        lenders = self._text_declaring()
-        near = [one for one in lenders if "all" in (one.branch, borrower.branch) or one.branch == borrower.branch]
-        return near or lenders
-
-    def regions(self, scene: int) -> tuple[Region, ...]:
-        """All declared regions of a scene, numbered as in its layout."""
-        return tuple(region for control in self._declaring for region in _scene(control, scene))
-
-    def own(self, control: Control, scene: int) -> frozenset[int]:
-        """The numbers of the regions that a control acts on: its own, or else those declared with texts."""
-        wanted = [control] if control.scenes else self._lending(control) if control.needs_regions else []
-        numbers: set[int] = set()
-        start = 0
-        for declaring in self._declaring:
-            stop = start + len(_scene(declaring, scene))
-            if any(declaring is one for one in wanted):
-                numbers.update(range(start, stop))
-            start = stop
-        return frozenset(numbers)
 
     def active(self, moment: Moment, branch: str | None, observing: bool = False) -> tuple[int, ...]:
         """Numbers of the seats that act now; of those that only observe, if `observing`.
@@ -166,8 +132,17 @@ class Stack:
         return {guide: tuple(sorted({*more, *(n for n, asked in due if asked == guide)})) for guide in guides}
 
     def needs_position(self) -> bool:
-        """Some window depends on where in the run a forward stands, or an observer counts steps."""
-        return any(seat.control.observes or not is_full(seat.control.window) for seat in self.seats)
+        """Some window depends on where in the run a forward stands, or somebody counts steps."""
+        controls = [seat.control for seat in self.seats]
+        return any(one.observes or one.draws or not is_full(one.window) for one in controls)
+
+    def line(self, row: Row, active: tuple[int, ...], images: int, moment: Moment) -> Line:
+        """What is told of a row of a branch of so many rows, in which these seats act."""
+        controls = [self.seats[index].control for index in active]
+        if not any(one.shares for one in controls):
+            return Line(row.sample, active)
+        draws = any(one.draws for one in controls)
+        return Line(row.sample, active, row.image, images, 1 + (moment.step or 0) if draws else 0)
 
     def texts(self, scene: int, active: Sequence[int]) -> list[tuple[int, Region]]:
         """(number, region) for which tokens are appended when these seats act; regions of strength 0 are not there."""
@@ -190,7 +165,7 @@ class Stack:
     def _told(self, scene: int, active: Sequence[int]) -> tuple[Span, ...]:
         """The prompt's tokens that are no padding, as far as a control tells."""
         controls = [self.seats[index].control for index in active]
-        return next((spans for control in controls if (spans := _nth(control.prompt_spans, scene))), ())
+        return next((spans for control in controls if (spans := nth(control.prompt_spans, scene))), ())
 
     def filling(self, scene: int, active: Sequence[int], tokens: int) -> list[int]:
         """Those of the prompt's tokens of which each region gets a copy behind its text: its padding, or none."""
@@ -200,58 +175,55 @@ class Stack:
         return [token for token in range(tokens) if token not in words]
 
     def variants(
-        self,
-        frames: Sequence[Frames],
-        rows: Sequence[tuple[int, tuple[int, ...]]],
-        length: Callable[[Region], int],
-        aligned: bool = False,
+        self, frames: Sequence[Frames], lines: Sequence[Line], length: Callable[[Region], int], aligned: bool = False
     ) -> tuple[list[Variant], Slots]:
-        """The variant of each row, all of one length.
-
-        Args:
-            frames: of the model's own sequence, per row or one for all.
-            rows: (scene, active seats) per row.
-            length: tokens of a region's text.
-            aligned: the n-th texts of all rows begin at the same slot.
-
-        Returns:
-            (one variant per row, the slots for appended texts: one for all, or one for each n-th text when they are
-            aligned).
-        """
+        """As `make_variants`, with the texts of these lines; `length` gives the tokens of a region's text."""
         prompt = len(frames[0].ranges["text.global"])
-        copies = {row: len(self.filling(*row, prompt)) for row in dict.fromkeys(rows)}
-        texts = {
-            row: [
-                (f"text.region{number}", copies[row] + (0 if region.spans else length(region)))
-                for number, region in self.texts(*row)
+        texts: dict[Line, list[tuple[str, int]]] = {}
+        for line in dict.fromkeys(lines):
+            copies = len(self.filling(line.scene, line.active, prompt))
+            texts[line] = [
+                (f"text.region{number}", copies + (0 if region.spans else length(region)))
+                for number, region in self.texts(line.scene, line.active)
             ]
-            for row in copies
-        }
-        counts = {row: [count for _, count in found] for row, found in texts.items()}
-        if not aligned:
-            counts = {row: [sum(count)] if count else [] for row, count in counts.items()}
-        sizes = tuple(max(nth) for nth in zip_longest(*counts.values(), fillvalue=0))
-        lengths = tuple((*counts[row], *[0] * (len(sizes) - len(counts[row]))) for row in rows)
-        filled = {row: _filled(found, sizes, aligned) for row, found in texts.items()}
-        each = frames if len(frames) == len(rows) else [frames[0]] * len(rows)
-        pairs = list(zip(rows, each, strict=True))
-        made = {(row, own): Variant(*row, own.with_texts(filled[row])) for row, own in dict.fromkeys(pairs)}
-        return [made[pair] for pair in pairs], Slots(sizes, lengths)
+        return make_variants(frames, lines, texts, aligned)
 
-    def situation(self, variant: Variant, frame: str) -> Situation:
-        """What controls are told about a variant in the layers of a frame; built once.
+    def situation(self, variant: Variant, frame: str, reads: tuple[int, ...] = ()) -> Situation:
+        """What controls are told about a variant in the layers of a frame in which it reads the pictures `reads`; built
+        once.
 
         Raises:
             LayoutError: when a region is bound to a reference that the forward does not hold.
         """
-        key = (variant, frame)
+        key = (variant, frame, reads)
         if key not in self._situations:
             _make_room(self._situations)
-            regions = self.regions(variant.scene)
+            regions, line = self.regions(variant.scene), variant.line
             _check_references(regions, variant.frames)
-            member = self._member(variant.scene, variant.frames[frame].grid)
-            self._situations[key] = Situation(variant.frames[frame], regions, member, self._words(variant))
+            seen = variant.frames[frame]
+            member = self.member(variant.scene, seen.grid)
+            shared = {n: self.of_other(variant.scene, n * self.scenes // line.images, seen.grid) for n in reads}
+            self._situations[key] = Situation(
+                seen.with_shared(reads) if reads else seen, regions, member, self._words(variant), shared, line
+            )
         return self._situations[key]
+
+    def reads(self, variant: Variant, frame: str, acting: Sequence[int]) -> tuple[int, ...]:
+        """The other pictures of the batch that a variant reads in layers of a frame in which these seats act.
+
+        Raises:
+            ControlError: when two controls share pictures.
+        """
+        seen, line = variant.frames[frame], variant.line
+        if line.images == 1 or "image" not in seen.queries or "image" not in seen.keys:
+            return ()
+        controls = [self.seats[i].control for i in acting if self.seats[i].control.shares]
+        if len(controls) > 1:
+            raise ControlError(
+                f"{' and '.join(one.name for one in controls)} both share pictures in one layer; give them layers, "
+                "windows or branches of their own, or keep one of them."
+            )
+        return tuple(sorted(n for control in controls for n in control.reads(line.image, line.images)))
 
     def _words(self, variant: Variant) -> Words:
         """What the tokens of the prompt are to the controls that act; other branches may have another prompt."""
@@ -260,15 +232,6 @@ class Stack:
         numbers = sorted(frozenset().union(*(self.own(control, variant.scene) for control in controls)))
         phrases = {number: tuple(regions[number].spans) for number in numbers if regions[number].spans}
         return Words(phrases, self._told(variant.scene, variant.active))
-
-    def _member(self, scene: int, grid: Grid | None) -> Tensor:
-        if grid is None:
-            return torch.zeros(len(self.regions(scene)), 0, dtype=torch.bool)
-        key = (scene, grid)
-        if key not in self._members:
-            parts = [membership(_scene(c, scene), grid, c.overlap_policy) for c in self._declaring]
-            self._members[key] = torch.cat([membership((), grid), *parts])
-        return self._members[key]
 
     def acting(self, variant: Variant, layer: str, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer."""
@@ -279,17 +242,44 @@ class Stack:
         self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device, host: Host = Host()
     ) -> ExecutionPlan | None:
         """The plan of a layer in which the seats `acting` act; None when the layer has nothing to do. Built once."""
+        return self._planned(variant, frame, acting, device, host)[0]
+
+    def _planned(
+        self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device, host: Host
+    ) -> Planned:
+        """The plan, and which tokens of each picture that is read come behind the own keys."""
         hidden = self.hidden(variant, acting)
         seen = variant.frames[frame]
         tucked = "text.pad" in seen or any(f"text.region{number}" in seen for number in hidden)
         if not acting and not tucked:
-            return None
+            return None, ()
         key = (variant, frame, acting, device, host)
         if key not in self._plans:
             _make_room(self._plans)
             controls = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
-            self._plans[key] = build_plan(self.situation(variant, frame), controls, hidden, device, host)
+            situation = self.situation(variant, frame, self.reads(variant, frame, acting))
+            self._plans[key] = build_plan(situation, controls, hidden, device, host)
         return self._plans[key]
+
+    def sources(
+        self,
+        variant: Variant,
+        rows: Sequence[int],
+        frame: str,
+        acting: tuple[int, ...],
+        device: torch.device,
+        host: Host,
+    ) -> Sources | None:
+        """What the rows of a variant read of other pictures in a layer."""
+        tokens = self._planned(variant, frame, acting, device, host)[1]
+        if not tokens:
+            return None
+        reads, image = self.reads(variant, frame, acting), variant.line.image
+        sharing = next(one for i in acting if (one := self.seats[i].control).shares)
+        grid = variant.frames[frame].grid
+        moves = [sharing.move(number, grid, self.rotary) for number in range(len(reads))]
+        at = torch.tensor([[row - image + other for other in reads] for row in rows], device=device)
+        return Sources(at, tokens, tuple(moves))
 
     def outputs(self, variant: Variant, layer: Layer, acting: tuple[int, ...]) -> tuple[Output, ...]:
         """What becomes of the executed calls of a layer in which the seats `acting` act."""
@@ -348,7 +338,13 @@ class Stack:
         parts = [(None, None)] if unplanned else list(zip(mine, plans, strict=True))
         edits: Sequence[RowOutputs] = () if unedited else list(zip(mine, plans, outputs, strict=True))
         tokens = next(iter(rows)).frames[layer.frame].tokens
-        return Act(parts, tokens, layer.call, edits), frozenset(i for numbers in acting for i in numbers)
+        sources = [
+            self.sources(variant, own, layer.frame, seats, device, host)
+            for (variant, own), seats in zip(rows.items(), acting, strict=True)
+        ]
+        return Act(parts, tokens, layer.call, edits, sources if any(sources) else ()), frozenset(
+            i for numbers in acting for i in numbers
+        )
 
 
 def _selected(layers: Sequence[Layer], control: Control, presets: Presets) -> tuple[Layer, ...]:
@@ -372,26 +368,6 @@ def _check_references(regions: Sequence[Region], frames: Frames) -> None:
                 f"Region '{region.label}' is bound to reference {region.reference}, but this forward holds "
                 f"{count} reference(s). Pass the picture to the pipeline, or leave `reference` unset."
             )
-
-
-def _filled(texts: Sequence[tuple[str, int]], slots: Sequence[int], aligned: bool) -> list[tuple[str, int]]:
-    """Texts, each followed by unused tokens that fill up its slot; all of them share one when not aligned."""
-    groups = [[text] for text in texts] if aligned else [list(texts)]
-    groups += [[] for _ in slots[len(groups) :]]
-    whole: list[tuple[str, int]] = []
-    for group, slot in zip(groups, slots, strict=False):
-        left = slot - sum(count for _, count in group)
-        whole += [*group, *([("text.pad", left)] if left else [])]
-    return whole
-
-
-def _scene(control: Control, scene: int) -> tuple[Region, ...]:
-    return _nth(control.scenes, scene)
-
-
-def _nth(scenes: Sequence[tuple[Any, ...]], scene: int) -> tuple[Any, ...]:
-    """What belongs to a scene, where one entry stands for all of them."""
-    return scenes[scene if len(scenes) > 1 else 0] if scenes else ()
 
 
 def _make_room(cache: dict) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from .errors import LayoutError
 from .families import Text
 from .region import Region
-from .stack import Stack, Variant
+from .stack import Stack
+from .variants import Variant
 
 __all__ = ["Texts"]
 

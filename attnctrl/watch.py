@@ -14,7 +14,8 @@ from .schedule import Moment
 from .select import Layer
 
 if TYPE_CHECKING:
-    from .stack import Acts, Seat, Variant
+    from .stack import Acts, Seat
+    from .variants import Variant
 
 __all__ = ["View", "watched"]
 

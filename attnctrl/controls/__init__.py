@@ -7,5 +7,16 @@ from .isolation import Isolate
 from .lamic import GroupIsolation, RegionModulation
 from .perturb import Perturb
 from .region import OpenTexts, Regions
+from .sharing import Share
 
-__all__ = ["CONTROLS", "Control", "GroupIsolation", "Isolate", "OpenTexts", "Perturb", "RegionModulation", "Regions"]
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "GroupIsolation",
+    "Isolate",
+    "OpenTexts",
+    "Perturb",
+    "RegionModulation",
+    "Regions",
+    "Share",
+]

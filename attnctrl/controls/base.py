@@ -12,9 +12,11 @@ from ..errors import ControlError
 from ..guidance import Guide
 from ..layout import Span
 from ..output import Output
-from ..region import Overlap, Region
+from ..region import Grid, Overlap, Region
+from ..rotary import Rotary
 from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
 from ..select import Layer, Selector
+from ..sources import Move
 from ..visibility import Visibility
 from ..watch import View
 
@@ -49,6 +51,8 @@ class Control:
     """Of a document's regions: this control declares them for the whole stack."""
     appends_text: ClassVar[bool] = False
     """The texts of its regions are appended to the model's text sequence while the control acts."""
+    shares: ClassVar[bool] = False
+    """Rows read keys and values of other pictures of the batch while it acts, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
 
@@ -108,6 +112,19 @@ class Control:
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
+        return None
+
+    @property
+    def draws(self) -> bool:
+        """Something is drawn anew at every step."""
+        return False
+
+    def reads(self, image: int, images: int) -> tuple[int, ...]:
+        """The other pictures, of `images` in the branch, that picture `image` reads; of sharing controls alone."""
+        return ()
+
+    def move(self, number: int, grid: Grid | None, rotary: Rotary | None) -> Move | None:
+        """Where the keys of the `number`th of these pictures are taken to; None leaves them where they stand."""
         return None
 
     @property

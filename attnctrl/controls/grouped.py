@@ -77,6 +77,8 @@ class Grouped(Control):
         def weight(q: Group, k: Group) -> float:
             if "register" in (q.kind, k.kind):
                 return 1.0
+            if k.kind == "shared":
+                return self.of_shared(q, k)
             sees = rules.sees(q, k, own)
             if is_appended(q, own) or is_appended(k, own):
                 to_text = self.appends_text and not is_appended(q, own)
@@ -88,6 +90,10 @@ class Grouped(Control):
             return 1 - self._strength(situation, (q.members | k.members) & own)
 
         return weight
+
+    def of_shared(self, q: Group, k: Group) -> float:
+        """With which weight a token sees one of another picture, as far as this control has a say."""
+        return 1.0
 
     def present(self, situation: Situation, own: frozenset[int]) -> frozenset[int]:
         """Regions of strength 0 are not there for controls that bring their texts: their tokens are background."""

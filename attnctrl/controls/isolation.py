@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..call import Situation
+from ..groups import Group
 from ..rules import Rules
 from .grouped import Grouped
 
@@ -57,6 +58,8 @@ class Isolate(Grouped):
     `explain`). With prompt="background", regions do not read the prompt, which still reads them: together with
     background="reads_all" that is Seg2Any's attribute isolation.
 
+    Of other pictures of the batch (`Share`), tokens of regions do not see subjects of other names.
+
     Attributes:
         background: what uncovered tokens see and who sees them.
         text: part the texts of regions as well.
@@ -76,6 +79,10 @@ class Isolate(Grouped):
         self._check_choice("background", Background)
         self._check_choice("hub", Hub)
         self._check_choice("prompt", Prompt)
+
+    def of_shared(self, q: Group, k: Group) -> float:
+        parted = q.members and k.members and not q.members & k.members
+        return 1 - self.strength if parted else 1.0
 
     def rules(self, situation: Situation) -> Rules:
         rules = _RULES.with_marks("1", *_OPENED[self.background])

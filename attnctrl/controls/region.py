@@ -175,7 +175,7 @@ def _open_pass(situation: Situation, own: frozenset[int], base_ratio: float) -> 
     """The plain model's pass, on which appended texts have no part."""
     if base_ratio == 0:
         return ()
-    visibility = situation.tabulate(lambda q, k: float(q is k or not (is_appended(q, own) or is_appended(k, own))))
+    visibility = situation.tabulate(lambda q, k: float(q == k or not (is_appended(q, own) or is_appended(k, own))))
     whole = dict.fromkeys(("global", "phrase", "filling"), 1.0)
     share = {**whole, "image": base_ratio, "reference": base_ratio}
     return (Blend(visibility, situation.share(lambda group: share.get(group.kind, 0.0))),)

@@ -105,7 +105,11 @@ def tokens(
 ) -> list[Token]:
     """A sequence spelled out token by token, by the centres of tokens in boxes (boxes end on token borders here)."""
     *frames, height, width = grid or setting.grid
-    own = [Token("text", r, frozenset([r])) for r, region in enumerate(scene) for _ in region.prompt_embeds if texts]
+    own = [
+        Token("text", r, frozenset([r]))
+        for r, region in enumerate(scene)
+        for _ in (region.prompt_embeds if texts else ())
+    ]
     prompt = [Token("global")] * (setting.text - setting.fixed * len(own))
     fill = {kind: [Token("register")] * setting.registers.get(kind, 0) for kind in ("text", "image", "registers")}
     parts: dict[str, list[Token]] = {
@@ -126,6 +130,14 @@ def tokens(
         bound = frozenset(r for r, region in enumerate(scene) if region.reference == k)
         parts["references"] += [Token("reference", k, bound)] * 6
     return [token for kind in (kinds or setting.calls[0].queries).split() for token in parts[kind]]
+
+
+def sides_of(setting: Setting, kinds: Kinds, scene: Sequence[Any]) -> tuple[list[Token], list[Token]]:
+    """Queries and keys of a call without appended texts, token by token."""
+    queries, keys = (
+        tokens(setting, scene, texts=False, kinds=side, grid=kinds.grid) for side in (kinds.queries, kinds.keys)
+    )
+    return queries, keys
 
 
 def _holds(box: tuple[float, float, float, float] | None, x: float, y: float) -> bool:

@@ -258,8 +258,8 @@ def test_errors_say_what_to_do(make: Any, message: str) -> None:
 def test_processors_have_a_name_of_their_own() -> None:
     setting = flux()
     made = ac.processors(setting.model, ac.Perturb(layers="double:0"))
-    assert type(made["transformer_blocks.0.attn.processor"]).__name__ == "PerturbationAttnProcessor"
-    assert isinstance(made["transformer_blocks.0.attn.processor"], ac.PerturbationAttnProcessor)
+    assert type(made["transformer_blocks.0.attn.processor"]).__name__ == "PerturbedAttnProcessor"
+    assert isinstance(made["transformer_blocks.0.attn.processor"], ac.PerturbedAttnProcessor)
 
 
 def test_explained_before_it_runs() -> None:

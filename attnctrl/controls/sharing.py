@@ -1,0 +1,165 @@
+"""Pictures of a batch that read each other: one operator for consistent subjects, scenes and styles.
+
+After the shared attention of ConsiStory (arXiv 2402.03286), StoryDiffusion (arXiv 2405.01434), IR-Diffusion (arXiv
+2411.19261) and SceneDecorator (arXiv 2510.22994), which differ in whose tokens are read, by whom, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from ..call import Situation
+from ..errors import ControlError, UnsupportedModelError
+from ..groups import Group
+from ..region import Grid, Overlap, Region
+from ..rotary import Rotary
+from ..sources import Move
+from ..visibility import Visibility, compose
+from .base import Branch, Control, Scenes, scenes_of
+
+__all__ = ["Positions", "Queries", "Readers", "Share", "Tokens"]
+
+Tokens = Literal["all", "subject", "background"]
+Queries = Literal["all", "subject", "background", "same"]
+Readers = Literal["all", "anchors"]
+Positions = Literal["keep", "apart"]
+
+
+@dataclass(frozen=True, eq=False)
+class Share(Control):
+    """Image tokens of each picture also read image tokens of others of the batch, in one softmax with their own:
+
+        out_i = softmax([q_i k_i^T / sqrt(d), {q_i k_j[T_j]^T / sqrt(d) + log w}_j]) [v_i; {v_j[T_j]}]
+
+    Keys are shared within a guidance branch and a group of pictures alone. Texts read nothing of others, and nobody
+    reads their texts; pictures that read nobody are the plain model's.
+
+    Which tokens T_j are those of subjects is told by regions: its own, or those that other controls of the stack
+    declare; subjects of different pictures are the same where their regions have the same name (prompt, if none).
+
+    Attributes:
+        regions: a list of `Region` for all pictures, or one list per picture.
+        readers: "all" read each other; with "anchors" the first `anchors` pictures of each group read each other, and
+            all others read them alone.
+        anchors: how many pictures are read, with readers="anchors".
+        group: so many pictures that follow each other in the batch are a group; None makes one group of the batch.
+        tokens: whose tokens are read: "all", those of subjects, or those of no subject.
+        queries: who reads: "all" image tokens, those of subjects, those of none, or with "same" those of a subject the
+            tokens of the same subject alone.
+        ratio: share of these tokens in (0, 1] that is read, drawn anew at every step for each picture and resolution,
+            the same in all layers and for all readers.
+        weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w.
+        positions: in models with rotary positions, where the others seem to stand: "keep", on the same places; with
+            "apart" side by side, the n-th to the right of n - 1 others, so that positions do not collide (AlignedGen,
+            arXiv 2509.17088).
+        seed: of the draws.
+    """
+
+    name: ClassVar[str] = "share"
+    shares: ClassVar[bool] = True
+
+    regions: Sequence[Region] | Sequence[Sequence[Region]] = ()
+    readers: Readers = "all"
+    anchors: int = 2
+    group: int | None = None
+    tokens: Tokens = "all"
+    queries: Queries = "all"
+    ratio: float = 1.0
+    weight: float = 1.0
+    positions: Positions = "keep"
+    seed: int = 0
+    overlap: Overlap = field(default="union", kw_only=True)
+    branch: Branch = field(default="all", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scenes = scenes_of(self.regions, self.name)
+        object.__setattr__(self, "regions", scenes[0] if len(scenes) == 1 else scenes)
+        for name, choices in (
+            ("readers", Readers), ("tokens", Tokens), ("queries", Queries), ("positions", Positions),
+            ("overlap", Overlap),
+        ):  # fmt: skip
+            self._check_choice(name, choices)
+        self._check_range("weight", 0, 1000)
+        for name, least in (("anchors", 1), ("group", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
+        if not 0 < self.ratio <= 1:
+            raise ControlError(f"'{self.name}': ratio must be in (0, 1]; found {self.ratio}.")
+
+    @property
+    def scenes(self) -> Scenes:
+        return scenes_of(self.regions, self.name)
+
+    @property
+    def overlap_policy(self) -> Overlap:
+        return self.overlap
+
+    @property
+    def is_idle(self) -> bool:
+        return super().is_idle or self.weight == 0
+
+    @property
+    def draws(self) -> bool:
+        return self.ratio < 1
+
+    def reads(self, image: int, images: int) -> tuple[int, ...]:
+        first = 0 if self.group is None else image // self.group * self.group
+        last = images if self.group is None else min(images, first + self.group)
+        if self.readers == "anchors":
+            last = min(last, first + self.anchors)
+        return tuple(other for other in range(first, last) if other != image)
+
+    def move(self, number: int, grid: Grid | None, rotary: Rotary | None) -> Move | None:
+        if self.positions == "keep" or grid is None:
+            return None
+        if rotary is None or "x" not in rotary.axes:
+            raise UnsupportedModelError(
+                f"'{self.name}': positions='apart' turns keys on, and in this model image tokens have no rotary "
+                "positions in steps of whole tokens. Leave positions='keep'."
+            )
+        return Move(rotary, rotary.shift(x=float((number + 1) * grid[-1])))
+
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        if not situation.shared:
+            return None
+        if (self.tokens, self.queries) != ("all", "all") and not situation.regions:
+            raise ControlError(
+                f"'{self.name}' shares tokens of subjects, but no control of the stack declares regions, so nothing "
+                "tells which these are. Give it regions=[...], one list per picture, or tokens='all', queries='all'."
+            )
+        table = situation.tabulate(self._sees)
+        return table if self.ratio == 1 else compose(table, self._drawn(situation))
+
+    def _sees(self, q: Group, k: Group) -> float:
+        if k.kind != "shared":
+            return 1.0
+        held = {"all": True, "subject": bool(k.members), "background": not k.members}[self.tokens]
+        reads = {
+            "all": True,
+            "subject": bool(q.members),
+            "background": not q.members,
+            "same": bool(q.members & k.members),
+        }[self.queries]
+        return self.strength * self.weight * float(q.kind == "image" and held and reads)
+
+    def _drawn(self, situation: Situation) -> Visibility:
+        """Hides the tokens of others that were not drawn at this step; of each picture and kind as many are left."""
+        atom, groups = situation.keys
+        keep = torch.ones(len(atom), dtype=torch.bool)
+        for number, group in enumerate(groups):
+            if group.kind != "shared":
+                continue
+            mine = (atom == number).nonzero().flatten()
+            told = [self.seed, situation.line.draw, len(mine), group.index, *(1 + n for n in sorted(group.members))]
+            order = torch.from_numpy(np.random.default_rng(told).permutation(len(mine)))
+            keep[mine[order[max(1, round(self.ratio * len(mine))) :]]] = False
+        rows = torch.zeros_like(situation.queries[0])
+        table = torch.tensor([[float("-inf"), 0.0]])
+        return Visibility(rows, keep.long(), table, ("all",), ("not drawn", "drawn"))
