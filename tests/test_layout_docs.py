@@ -77,3 +77,13 @@ def test_the_page_of_perturbed_attention_runs() -> None:
     assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
     exec(second, names)
     assert names["handle"].report().forwards == 2 * 3
+
+
+def test_the_page_of_sharing_runs() -> None:
+    names: dict = {}
+    first, second = blocks("sharing.md")
+    exec(first, names)
+    (told,) = names["handle"].report().controls
+    assert (told.steps, told.rows) == ((0, 1), (("cond", 0), ("uncond", 0)))
+    assert len(names["images"]) == 4
+    exec(second, names)
