@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from .errors import ControlError
 from .region import Grid, Region, membership
 
 __all__ = ["Declared", "nth"]
+
+_Key = tuple[int, str, int]
+"""Of a region: its identity, the overlap policy, and which of its occurrences in a list."""
 
 
 class Declared:
@@ -46,31 +50,37 @@ class Declared:
         near = [one for one in lenders if "all" in (one.branch, borrower.branch) or one.branch == borrower.branch]
         return near or lenders
 
+    def _numbered(self, scene: int) -> dict[_Key, tuple[int, Region]]:
+        """The number and region of each: one that several controls declare alike is one region."""
+        found: dict[_Key, tuple[int, Region]] = {}
+        for control in self._declaring:
+            for key, region in _keyed(control, scene):
+                found.setdefault(key, (len(found), region))
+        return found
+
     def regions(self, scene: int) -> tuple[Region, ...]:
         """All declared regions of a scene, numbered as in its layout."""
-        return tuple(region for control in self._declaring for region in _scene(control, scene))
+        return tuple(region for _, region in self._numbered(scene).values())
 
     def own(self, control: Control, scene: int) -> frozenset[int]:
         """The numbers of the regions that a control acts on: its own, or else those declared with texts."""
         wanted = [control] if control.scenes else self._lending(control) if control.needs_regions else []
-        numbers: set[int] = set()
-        start = 0
-        for declaring in self._declaring:
-            stop = start + len(_scene(declaring, scene))
-            if any(declaring is one for one in wanted):
-                numbers.update(range(start, stop))
-            start = stop
-        return frozenset(numbers)
+        numbers = self._numbered(scene)
+        return frozenset(numbers[key][0] for one in wanted for key, _ in _keyed(one, scene))
 
     def member(self, scene: int, grid: Grid | None) -> Tensor:
         """bool [regions, image tokens]: who holds each token of a scene's picture at this grid; built once."""
+        numbers = self._numbered(scene)
         if grid is None:
-            return torch.zeros(len(self.regions(scene)), 0, dtype=torch.bool)
-        key = (scene, grid)
-        if key not in self._members:
-            parts = [membership(_scene(c, scene), grid, c.overlap_policy) for c in self._declaring]
-            self._members[key] = torch.cat([membership((), grid), *parts])
-        return self._members[key]
+            return torch.zeros(len(numbers), 0, dtype=torch.bool)
+        if (scene, grid) not in self._members:
+            rows = dict.fromkeys(range(len(numbers)), torch.zeros(1, 0, dtype=torch.bool))
+            for control in self._declaring:
+                mine = _keyed(control, scene)
+                held = membership([region for _, region in mine], grid, control.overlap_policy)
+                rows |= {numbers[key][0]: row[None] for (key, _), row in zip(mine, held, strict=True)}
+            self._members[scene, grid] = torch.cat([membership((), grid), *rows.values()])
+        return self._members[scene, grid]
 
     def of_other(self, scene: int, other: int, grid: Grid | None) -> Tensor:
         """bool [regions + 1, image tokens] of another scene's picture: who of `scene`'s regions has a namesake there,
@@ -84,8 +94,14 @@ class Declared:
         return rows
 
 
-def _scene(control: Control, scene: int) -> tuple[Region, ...]:
-    return nth(control.scenes, scene)
+def _keyed(control: Control, scene: int) -> list[tuple[_Key, Region]]:
+    """The regions that a control declares for a scene; one that it names twice is two."""
+    met: Counter[int] = Counter()
+    keyed = []
+    for region in nth(control.scenes, scene):
+        keyed.append(((id(region), control.overlap_policy, met[id(region)]), region))
+        met[id(region)] += 1
+    return keyed
 
 
 def nth(scenes: Sequence[tuple[Any, ...]], scene: int) -> tuple[Any, ...]:

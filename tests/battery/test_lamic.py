@@ -222,6 +222,25 @@ def test_private_hubs_follow_texts_of_their_own_and_need_words() -> None:
         ac.GroupIsolation(scene, hubs="private")
 
 
+def test_regions_that_two_controls_declare_are_the_same() -> None:
+    """A stack split in time: in either part it is the one control, whose words and texts come once."""
+    setting, scene = flux(), worded()
+    scene[2] = regions()[2]
+    read = []
+    with setting.model.context_embedder.register_forward_pre_hook(lambda _m, args: read.append(args[0].shape[1])):
+        with ac.attach(setting.model, [ac.GroupIsolation(scene, words=WORDS), ac.Isolate()]):
+            alone = setting.run()
+        never = ac.GroupIsolation(scene, words=WORDS, window=ac.Sigma(0.0, 0.0))
+        stack = [ac.GroupIsolation(scene, words=WORDS, window=ac.Sigma(2.0, 0.0)), ac.Isolate(), never]
+        with ac.attach(setting.model, stack):
+            assert torch.equal(setting.run(), alone)
+        with ac.attach(setting.model, [ac.GroupIsolation(scene, words=WORDS)] * 2):
+            twice = setting.run()
+        with ac.attach(setting.model, ac.GroupIsolation(scene, words=WORDS)):
+            assert (setting.run() - twice).abs().max() < 1e-5
+    assert len(set(read)) == 1
+
+
 def test_softness_keeps_words_of_the_prompt_readable() -> None:
     """Strength s leaves what is cut the weight 1 - s, words of regions included."""
     setting, scene = flux(), worded()

@@ -197,9 +197,9 @@ def test_pictures_side_by_side_stand_apart() -> None:
             expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value))
         assert (torch.stack(expected) - call.out).abs().max() < 1e-5
     plain = unet(batch=2)
-    with ac.attach(plain.model, ac.Share(positions="apart"), branches=("cond",)):
-        with pytest.raises(ac.UnsupportedModelError, match="no rotary"):
-            plain.run()
+    apart = ac.attach(plain.model, ac.Share(positions="apart"), branches=("cond",))
+    with apart, pytest.raises(ac.UnsupportedModelError, match="no rotary"):
+        plain.run()
 
 
 def test_isolation_parts_subjects_of_other_names() -> None:
