@@ -49,11 +49,12 @@ def layout(
 
 
 def references(
-    regions: Any, *, overlap: Overlap = "union", reference_weight: float = 4.0, window: Window = (0.0, 1.0)
+    regions: Any, *, overlap: Overlap = "union", reference_weight: float = 4.0, window: Window = (0.0, 0.7)
 ) -> list[Control]:
-    """Ours, for regions with reference pictures: regions stay apart to the end, in the branch of the negative prompt
-    too, since a reference belongs to one region and regions that see each other mix them; each reads its reference
-    with more weight (4 was chosen on the embedded FLUX).
+    """Ours, for regions with reference pictures: regions stay apart for most of the run, in the branch of the negative
+    prompt too, since a reference belongs to one region and regions that see each other mix them; each reads its
+    reference with more weight. Both numbers were chosen on the embedded FLUX; regions that stay apart to the end keep
+    the grounds of their references.
     """
     isolate = Isolate(window=window, branch="all")
     return [isolate, *texts(regions, overlap=overlap, reference_weight=reference_weight)]
