@@ -97,7 +97,7 @@ class Declared:
 def _keyed(control: Control, scene: int) -> list[tuple[_Key, Region]]:
     """The regions that a control declares for a scene; one that it names twice is two."""
     met: Counter[int] = Counter()
-    keyed = []
+    keyed: list[tuple[_Key, Region]] = []
     for region in nth(control.scenes, scene):
         keyed.append(((id(region), control.overlap_policy, met[id(region)]), region))
         met[id(region)] += 1

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..call import Situation
 from ..groups import Group
-from ..region import Overlap, Region
 from ..rules import Rules
 from ..visibility import Visibility
-from .base import Control, Scenes, scenes_of
+from .regional import Regional
 
 __all__ = ["Grouped", "is_appended"]
 
 
 @dataclass(frozen=True, eq=False)
-class Grouped(Control):
+class Grouped(Regional):
     """Base of controls that say by `Rules` who sees whom.
 
     Strength s < 1 is soft: edges of the plain model that the table cuts keep the weight 1 - s (log-weight log(1 - s)).
@@ -26,11 +25,6 @@ class Grouped(Control):
     So s -> 0 is the plain model, and strength 0 is not there.
 
     Attributes:
-        regions: a list of `Region`, or one list per sample of the batch; empty takes the regions that other controls of
-            the stack declare.
-        overlap: policy for its own `regions`; declared ones keep the policy of the control that declares them. "union",
-            tokens in several regions are in all of them; "priority", later regions lie on top; "background", such
-            tokens belong to none.
         reference_weight: w >= 0: the reference of a region counts w times to its image tokens (log-weight log w), as if
             it were there w times; 1 is as the model has it. What region tokens read of a picture shrinks with each
             picture, text and region that share their attention; more than 1 makes up for it.
@@ -38,24 +32,11 @@ class Grouped(Control):
 
     needs_regions: ClassVar[bool] = True
 
-    regions: Sequence[Region] | Sequence[Sequence[Region]] = ()
-    overlap: Overlap = field(default="union", kw_only=True)
     reference_weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scenes = scenes_of(self.regions, self.name)
-        object.__setattr__(self, "regions", scenes[0] if len(scenes) == 1 else scenes)
-        self._check_choice("overlap", Overlap)
         self._check_range("reference_weight", 0, 1000)
-
-    @property
-    def scenes(self) -> Scenes:
-        return scenes_of(self.regions, self.name)
-
-    @property
-    def overlap_policy(self) -> Overlap:
-        return self.overlap
 
     @property
     def is_idle(self) -> bool:

@@ -6,7 +6,6 @@ After the shared attention of ConsiStory (arXiv 2402.03286), StoryDiffusion (arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -16,11 +15,12 @@ import torch
 from ..call import Situation
 from ..errors import ControlError, UnsupportedModelError
 from ..groups import Group
-from ..region import Grid, Overlap, Region
+from ..region import Grid
 from ..rotary import Rotary
 from ..sources import Move
 from ..visibility import Visibility, compose
-from .base import Branch, Control, Scenes, scenes_of
+from .base import Branch
+from .regional import Regional
 
 __all__ = ["Positions", "Queries", "Readers", "Share", "Tokens"]
 
@@ -31,7 +31,7 @@ Positions = Literal["keep", "apart"]
 
 
 @dataclass(frozen=True, eq=False)
-class Share(Control):
+class Share(Regional):
     """Image tokens of each picture also read image tokens of others of the batch, in one softmax with their own:
 
         out_i = softmax([q_i k_i^T / sqrt(d), {q_i k_j[T_j]^T / sqrt(d) + log w}_j]) [v_i; {v_j[T_j]}]
@@ -43,7 +43,6 @@ class Share(Control):
     declare; subjects of different pictures are the same where their regions have the same name (prompt, if none).
 
     Attributes:
-        regions: a list of `Region` for all pictures, or one list per picture.
         readers: "all" read each other; with "anchors" the first `anchors` pictures of each group read each other, and
             all others read them alone.
         anchors: how many pictures are read, with readers="anchors".
@@ -63,7 +62,6 @@ class Share(Control):
     name: ClassVar[str] = "share"
     shares: ClassVar[bool] = True
 
-    regions: Sequence[Region] | Sequence[Sequence[Region]] = ()
     readers: Readers = "all"
     anchors: int = 2
     group: int | None = None
@@ -73,16 +71,12 @@ class Share(Control):
     weight: float = 1.0
     positions: Positions = "keep"
     seed: int = 0
-    overlap: Overlap = field(default="union", kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scenes = scenes_of(self.regions, self.name)
-        object.__setattr__(self, "regions", scenes[0] if len(scenes) == 1 else scenes)
         for name, choices in (
             ("readers", Readers), ("tokens", Tokens), ("queries", Queries), ("positions", Positions),
-            ("overlap", Overlap),
         ):  # fmt: skip
             self._check_choice(name, choices)
         self._check_range("weight", 0, 1000)
@@ -92,14 +86,6 @@ class Share(Control):
                 raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
         if not 0 < self.ratio <= 1:
             raise ControlError(f"'{self.name}': ratio must be in (0, 1]; found {self.ratio}.")
-
-    @property
-    def scenes(self) -> Scenes:
-        return scenes_of(self.regions, self.name)
-
-    @property
-    def overlap_policy(self) -> Overlap:
-        return self.overlap
 
     @property
     def is_idle(self) -> bool:
