@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _perturbed(step: Step, mine: Sequence[int], seats: tuple[int, ...]) -> Step:
     """The step of a perturbed forward: the prompt's rows, and what acts there, in the order of the stack."""
-    rows = [Row(PERTURBED, step.rows[number].sample) for number in mine]
+    rows = [replace(step.rows[number], branch=PERTURBED) for number in mine]
     acting = tuple(sorted({*step.active["cond"], *seats}))
     return Step(step.moment, (PERTURBED,), rows, {PERTURBED: acting})
 

@@ -218,6 +218,20 @@ def test_isolation_parts_subjects_of_other_names() -> None:
     assert (expected[0] - call.out[0]).abs().max() > 1e-4
 
 
+def test_pictures_share_in_a_perturbed_branch_as_well() -> None:
+    """guided = c + w (c - p), where p is what the perturbed model gives to pictures that share."""
+    setting = flux(batch=2)
+
+    def run(*controls: Any) -> Tensor:
+        with ac.attach(setting.model, list(controls), branches=("cond",)):
+            return setting.run()
+
+    c, p = run(ac.Share()), run(ac.Share(), ac.Perturb(branch="all", layers="double"))
+    assert (c - p).abs().max() > 1e-3
+    guided = run(ac.Share(), ac.Perturb(layers="double", scale=2.0))
+    assert (guided - (c + 2 * (c - p))).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
