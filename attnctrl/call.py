@@ -234,7 +234,7 @@ class Act:
         self.sources = tuple(sources) or (None,) * len(self.parts)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
-        told = rows or [rows for rows, _, _ in self.outputs if rows is not None]
+        told = rows or [rows for rows, *_ in self.outputs if rows is not None]
         self._rows = sum(map(len, told)) if told else None
 
     def watched(self, probes: Sequence[Probe]) -> Act:
@@ -252,7 +252,7 @@ class Act:
     def explained(self) -> frozenset[str]:
         """What is done, a line for each plan and output."""
         plans = {part.explain() for _, part in self.parts if part is not None}
-        return frozenset(plans | {edit.explain() for _, _, edits in self.outputs for edit in edits})
+        return frozenset(plans | {edit.explain() for *_, edits in self.outputs for edit in edits})
 
     @property
     def needs_mask(self) -> bool:
@@ -290,11 +290,10 @@ class Act:
         else:
             pieces = []
             for (rows, part), sources in zip(self.parts, self.sources, strict=True):
-                keys, values, masked = key[rows], value[rows], of_rows(mask, rows)
-                if sources is not None:
-                    keys, values = sources.extend(key, keys, keys=True), sources.extend(value, values, keys=False)
-                    masked = sources.widen(masked)
-                pieces.append(run(part, query[rows], keys, values, masked, scale))
+                own = key[rows], value[rows], of_rows(mask, rows)
+                pieces.append(
+                    run(part, query[rows], *(own if sources is None else sources.join(own, key, value)), scale)
+                )
             out = torch.cat(pieces)[self._order]
         return edited(self.outputs, out, (query, key, value), mask, run, scale)
 

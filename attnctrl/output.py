@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .execute import ExecutionPlan
+from .sources import Sources
 
 __all__ = ["Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
 
@@ -26,7 +27,7 @@ class Executed:
 
     Attributes:
         query: [B, H, Tq, D].
-        key, value: [B, Hk, Tk, D]; in joint attention query i belongs to value i.
+        key, value: [B, Hk, Tk, D], without those of other pictures; in joint attention query i belongs to value i.
         out: [B, H, Tq, D], what was executed, and earlier outputs have made of it.
         mask: the model's own, bool (True sees) or additive, 4D, broadcastable to [B, H, Tq, Tk]; or None.
         scale: of the scores; None means 1 / sqrt(D).
@@ -60,8 +61,8 @@ class Output(Protocol):
         """One line for reports."""
 
 
-RowOutputs = tuple[Tensor | None, ExecutionPlan | None, tuple[Output, ...]]
-"""(rows int64 [n] or None for all, the plan they were executed by, their outputs in list order)."""
+RowOutputs = tuple[Tensor | None, ExecutionPlan | None, Sources | None, tuple[Output, ...]]
+"""(rows int64 [n] or None for all, the plan and the sources they were executed by, their outputs in list order)."""
 
 
 def edited(
@@ -79,33 +80,22 @@ def edited(
         mask: the model's own, 4D.
         run: executes some rows again, for `Executed.attend`.
     """
-    for rows, plan, edits in outputs:
-        if edits:
-            mine = _edited(
-                edits, plan, _taken(out, rows), [_taken(x, rows) for x in parts], of_rows(mask, rows), run, scale
-            )
-            out = mine if rows is None else out.index_copy(0, rows, mine)
-    return out
-
-
-def _edited(
-    edits: Sequence[Output],
-    plan: ExecutionPlan | None,
-    out: Tensor,
-    parts: Sequence[Tensor],
-    mask: Tensor | None,
-    run: Run,
-    scale: float | None,
-) -> Tensor:
     query, key, value = parts
+    for rows, plan, sources, edits in outputs:
+        if not edits:
+            continue
+        own = _taken(key, rows), _taken(value, rows), of_rows(mask, rows)
+        read = own if sources is None else sources.join(own, key, value)
 
-    def attend(other: Tensor, other_scale: float | None) -> Tensor:
-        return run(plan, other, key, value, mask, other_scale)
+        def attend(other: Tensor, other_scale: float | None, plan: Any = plan, read: Any = read) -> Tensor:
+            return run(plan, other, *read, other_scale)
 
-    call = Executed(query, key, value, out, mask, scale, plan is not None, attend)
-    for edit in edits:
-        call = replace(call, out=edit(call))
-    return call.out
+        mine = _taken(query, rows), *own[:2], _taken(out, rows)
+        call = Executed(*mine, own[2], scale, plan is not None, attend)
+        for edit in edits:
+            call = replace(call, out=edit(call))
+        out = call.out if rows is None else out.index_copy(0, rows, call.out)
+    return out
 
 
 def _taken(x: Tensor, rows: Tensor | None) -> Tensor:

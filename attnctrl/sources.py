@@ -47,21 +47,28 @@ class Sources:
         """Keys that come on top of a row's own."""
         return sum(one.count for one in self.tokens)
 
-    def extend(self, states: Tensor, own: Tensor, *, keys: bool) -> Tensor:
-        """`own` [rows, H, Tk, D] with the sources' part of `states` [B, H, Tk, D] behind it; keys are moved."""
+    def join(
+        self, own: tuple[Tensor, Tensor, Tensor | None], key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask of these rows with the sources' behind them; the model's mask hides none of those.
+
+        Args:
+            own: key, value [rows, H, Tk, D] and the model's 4D mask of the rows themselves.
+            key, value: [B, H, Tk, D] of the whole batch.
+        """
+        mask = own[2]
+        if mask is not None and mask.shape[3] > 1:
+            mask = torch.nn.functional.pad(mask, (0, self.count), value=mask.dtype == torch.bool)
+        return self._behind(own[0], key, moved=True), self._behind(own[1], value, moved=False), mask
+
+    def _behind(self, own: Tensor, states: Tensor, *, moved: bool) -> Tensor:
         parts = [own]
         for number, (tokens, move) in enumerate(zip(self.tokens, self.moves, strict=True)):
             if not tokens.count:
                 continue
             part = tokens.take(states)[self.rows[:, number]]
-            parts.append(part if move is None or not keys else move.rotary.turn(part, move.shift))
+            parts.append(move.rotary.turn(part, move.shift) if moved and move is not None else part)
         return torch.cat(parts, dim=2)
-
-    def widen(self, mask: Tensor | None) -> Tensor | None:
-        """The model's mask of these rows for the longer keys: it hides none of the others."""
-        if mask is None or mask.shape[3] == 1:
-            return mask
-        return torch.nn.functional.pad(mask, (0, self.count), value=mask.dtype == torch.bool)
 
 
 def compacted(passes: Sequence[Pass], own: int, lengths: Sequence[int]) -> tuple[list[Pass], list[Tensor]]:

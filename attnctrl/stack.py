@@ -336,15 +336,14 @@ class Stack(Declared):
         mine = [None if len(rows) == 1 else torch.tensor(one, device=device) for one in rows.values()]
         # without a plan all rows are one call
         parts = [(None, None)] if unplanned else list(zip(mine, plans, strict=True))
-        edits: Sequence[RowOutputs] = () if unedited else list(zip(mine, plans, outputs, strict=True))
-        tokens = next(iter(rows)).frames[layer.frame].tokens
         sources = [
             self.sources(variant, own, layer.frame, seats, device, host)
             for (variant, own), seats in zip(rows.items(), acting, strict=True)
         ]
-        return Act(parts, tokens, layer.call, edits, sources if any(sources) else ()), frozenset(
-            i for numbers in acting for i in numbers
-        )
+        edits: Sequence[RowOutputs] = () if unedited else list(zip(mine, plans, sources, outputs, strict=True))
+        tokens = next(iter(rows)).frames[layer.frame].tokens
+        act = Act(parts, tokens, layer.call, edits, () if unplanned else sources)
+        return act, frozenset(i for numbers in acting for i in numbers)
 
 
 def _selected(layers: Sequence[Layer], control: Control, presets: Presets) -> tuple[Layer, ...]:

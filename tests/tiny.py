@@ -65,22 +65,27 @@ def sd3(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> SD3Transformer2
     )
 
 
+UNET_SIZES: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+
+
 def unet(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """A UNet of two levels with self and cross attention at both and in the middle."""
     return _made(
         UNet2DConditionModel,
         seed,
         dtype,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
+        **UNET_SIZES,
         cross_attention_dim=TEXT_DIM,
-        norm_num_groups=4,
     )
 
 

@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tiny import UNET_SIZES
 
 from attnctrl.toybox import text
 from attnctrl.toybox.models.flux import TINY_FLUX
@@ -35,19 +36,7 @@ def _ready(pipe: Any) -> Any:
 
 
 def _unet(width: int, **more: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=width,
-        norm_num_groups=4,
-        **more,
-    )
+    return UNet2DConditionModel(cross_attention_dim=width, **UNET_SIZES, **more)
 
 
 def sd(seed: int = 0) -> StableDiffusionPipeline:

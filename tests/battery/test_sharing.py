@@ -232,6 +232,31 @@ def test_pictures_share_in_a_perturbed_branch_as_well() -> None:
     assert (guided - (c + 2 * (c - p))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["uniform", "mean_query", "identity"])
+def test_maps_are_perturbed_over_what_is_shared_as_well(kind: Any) -> None:
+    """A query that attends again reads what the pictures read; the own value is that of the picture itself."""
+    setting = flux(batch=2)
+    stack = [ac.Share(positions="apart"), ac.Perturb(kind, branch="all", rows="image")]
+    with ac.attach(setting.model, stack), probe() as calls:
+        setting.run()
+    rotary = ac.families.flux.FLUX.rotary(setting.model)
+    call, kinds = setting.controlled(calls)[0]
+    _, keys = sides_of(setting, kinds, [])
+    mine = torch.tensor([token.kind == "image" for token in keys])
+    moved = rotary.turn(call.key.transpose(1, 2), rotary.shift(x=6.0)).transpose(1, 2)
+    for image in range(2):
+        key = torch.cat([call.key[image], moved[1 - image][mine]]).double()
+        value = torch.cat([call.value[image], call.value[1 - image][mine]]).double()
+        query = call.query[image, mine].double()
+        query = {"uniform": 0 * query, "mean_query": query.mean(0, keepdim=True).expand_as(query), "identity": query}[
+            kind
+        ]
+        scores = torch.einsum("qhd,khd->hqk", query, key) / key.shape[-1] ** 0.5
+        expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+        expected = call.value[image, mine].double() if kind == "identity" else expected
+        assert (expected - call.out[image, mine]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
