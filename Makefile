@@ -30,11 +30,11 @@ install: $(STAMP) ## the virtual environment, with attnctrl in it
 demo: $(STAMP) ## without and with control, side by side: out/demo.png
 	@$(BIN)/attnctrl demo
 
-test: $(STAMP) ## the tests (minutes)
-	@$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP) ## the tests, on all cores (minutes)
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: $(STAMP) ## the tests, the slow ones too
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 results: $(STAMP) ## docs/results.md and the model cards, from the stored results
 	@$(BIN)/python -m attnctrl.toybox.results

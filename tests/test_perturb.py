@@ -53,7 +53,7 @@ def edit(kind: Kind, strength: float = 0.7, **changes: Any) -> Perturbation:
 
 
 def run(one: Perturbation, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, plans: Any = None) -> Tensor:
-    act = Act([(None, plans)], (TOKENS, TOKENS), outputs=[(None, plans, (one,))])
+    act = Act([(None, plans)], (TOKENS, TOKENS), outputs=[(None, plans, None, (one,))])
     return act.run(q, k, v, mask, sdpa, None)
 
 
@@ -220,7 +220,7 @@ def test_rows_of_a_batch_have_outputs_of_their_own() -> None:
 
     first, second = (edit("identity", 1.0),), (edit("mean_query", 0.5),)
     rows = [torch.tensor([one]) for one in (2, 0, 1)]
-    outputs = [(rows[0], None, first), (rows[1], None, ()), (rows[2], None, second)]
+    outputs = [(rows[0], None, None, first), (rows[1], None, None, ()), (rows[2], None, None, second)]
     out = Act([(None, None)], (TOKENS, TOKENS), outputs=outputs).run(q, k, v, None, kernel, None)
     assert calls == [3, 1]  # and one query of a mean
     assert torch.equal(out[0], sdpa(q, k, v)[0])
