@@ -18,6 +18,7 @@ from attnctrl.cli import run
 
 COMMANDS = (
     "generate", "invert", "check", "demo", "maps", "eval", "bench execute", "bench idle", "bench inversion", "env",
+    "info", "replay",
 )  # fmt: skip
 
 

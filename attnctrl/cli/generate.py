@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -77,7 +78,7 @@ def generate(
     pipe: Any = None
     loaded: tuple[Model, str | None] | None = None
     for job in jobs:
-        wanted = (job.model, _dtype(dtype, job))
+        wanted = (job.model, dtype.value if dtype else recorded_dtype(job.record))
         if wanted != loaded:
             pipe, loaded = load(job.model, device, wanted[1]), wanted
         controlled = not no_control and bool(job.record.get("controlled", True))
@@ -151,10 +152,10 @@ def read_scene(source: Path) -> tuple[Scene, dict[str, Any]]:
     return load_scene(source), {}
 
 
-def _dtype(asked: Dtype | None, job: _Job) -> str | None:
-    """The number format to use: the one asked for, else that of the picture to be made again, else the device's own."""
-    recorded = job.record.get("dtype")
-    return asked.value if asked else recorded if recorded in Dtype.__members__ else None
+def recorded_dtype(record: Mapping[str, Any]) -> str | None:
+    """The number format a picture was made in; None lets the device choose."""
+    recorded = record.get("dtype")
+    return recorded if recorded in Dtype.__members__ else None
 
 
 def load(model: Model, device: str | None, dtype: str | None) -> Any:
