@@ -123,6 +123,23 @@ def restore(path: str | Path) -> tuple[Scene, dict[str, Any]]:
     return Scene.from_dict({**scene, "seed": seed}, SceneMemory(files), label), record
 
 
+def same_run(path: str | Path, record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The record of the picture at `path` if it came from a run like that of `record` with these files of the scene.
+
+    What acted (`report`) is not compared. None where there is no such picture, or not the whole of it.
+    """
+    from PIL import Image
+
+    try:
+        then = read(path)
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except (SceneError, OSError, SyntaxError, ValueError):
+        return None
+    now = json.loads(to_text(record, files)[KEY])
+    return then if {**then, "report": None} == {**now, "report": None} else None
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What was not the same in the records of two runs, one line each: settings, model, libraries, device.
 

@@ -236,12 +236,13 @@ class Scene(_Document):
         """The scene with some keys changed, checked again. Raises `SceneError`."""
         return Scene.from_dict({**self.to_dict(), **changes}, self._files, self._label)
 
-    def file_names(self) -> list[str]:
-        """Paths of the masks and references that the scene names, as written."""
-        return [name for subject in self.subjects for name in (subject.mask, subject.reference) if name is not None]
+    def files(self) -> dict[str, bytes]:
+        """Contents of the masks and references that the scene names, by their paths as written. Raises `SceneError`."""
+        named = (name for subject in self.subjects for name in (subject.mask, subject.reference) if name is not None)
+        return {name: self.read_file(name) for name in named}
 
     def read_file(self, name: str) -> bytes:
-        """Contents of one of `file_names`. Raises `SceneError`."""
+        """Contents of a file that the scene names. Raises `SceneError`."""
         try:
             return self._files.read(name)
         except FileRefused as error:

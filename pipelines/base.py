@@ -177,12 +177,17 @@ class Wrapper:
                 controlled=bool(controls),
                 record={**self._record(pipe, scene, settings, seed, controlled), **told},
                 report="" if report is None else str(report),
-                files={name: scene.read_file(name) for name in scene.file_names()},
+                files=scene.files(),
             )
             for image, (scene, seed) in zip(
                 images, ((s, seed) for s, own in zip(scenes, seeds, strict=True) for seed in own), strict=True
             )
         ]
+
+    def record(self, scene: Scene, seed: int, controlled: bool) -> dict[str, Any]:
+        """What a picture of `scene` would carry, but for what acted; without drawing it. Raises `SceneError`."""
+        pipe, _ = self._following([scene], self.settings(scene))
+        return self._record(pipe, scene, self.settings(scene), seed, controlled)
 
     def _following(self, scenes: Sequence[Scene], settings: Settings) -> tuple[Any, dict[str, Any]]:
         """The pipeline that follows the scenes' references, on the same modules, and what it is called with for it."""

@@ -130,7 +130,7 @@ def test_generate_writes_whole_pictures_and_lists_them(call, folder, tmp_path, m
 
 
 def test_forms_of_the_result(call, folder, tmp_path):
-    arguments = ["generate", folder / "pair.yaml", "-o", tmp_path, "--steps", 1]
+    arguments = ["generate", folder / "pair.yaml", "-o", tmp_path, "--steps", 1, "--again"]
     path = str(tmp_path / "pair-5.png")
     assert call(*arguments, "--format", "quiet") == (0, path + "\n", "")
     code, out, _ = call(*arguments)
@@ -141,7 +141,7 @@ def test_forms_of_the_result(call, folder, tmp_path):
 def test_a_bar_counts_the_steps_on_a_terminal(call, folder, tmp_path, monkeypatch):
     updates = []
     monkeypatch.setattr("rich.progress.Progress.update", lambda _, task, **told: updates.append((task, told)))
-    arguments = ["generate", folder / "pair.yaml", "-o", tmp_path, "--steps", 3]
+    arguments = ["generate", folder / "pair.yaml", "-o", tmp_path, "--steps", 3, "--again"]
     assert call(*arguments)[0] == 0
     assert updates == []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -41,7 +41,13 @@ def test_info_tells_what_made_it(call, picture):
     code, out, err = call("info", picture)
     assert (code, err) == (0, "")
     record = provenance.read(picture)
-    for told in (record["scene"]["prompt"], "subject 1", "FluxPipeline", f"width {SIZE}", record["model"]["fingerprint"]):
+    for told in (
+        record["scene"]["prompt"],
+        "subject 1",
+        "FluxPipeline",
+        f"width {SIZE}",
+        record["model"]["fingerprint"],
+    ):
         assert told in out
     data = json.loads(call("info", picture, "--format", "json")[1])
     assert data["record"] == record
@@ -65,7 +71,7 @@ def test_replay_is_bit_equal(call, picture, tmp_path):
 
 def test_replay_sees_one_changed_pixel(call, picture, folder):
     changed = tampered(picture, folder / "changed.png", pixel=True)
-    code, out, err = call("replay", changed, "--format", "json")
+    code, out, _ = call("replay", changed, "--format", "json")
     data = json.loads(out)
     assert (code, data["equal"], data["largest_difference"]) == (1, False, 16)
     assert call("replay", changed)[1] == f"{changed}: not the same, up to 16 of 255 levels apart\n"

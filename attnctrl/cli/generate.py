@@ -6,12 +6,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.output import Format, FormatOption, emit, hush, note, progress_bar
+from attnctrl.cli.output import Advance, Format, FormatOption, emit, hush, note, progress_bar
+from attnctrl.cli.processes import processes
 
 if TYPE_CHECKING:
     from attnctrl.pipelines.models import Model
@@ -62,9 +64,15 @@ def generate(
     no_control: Annotated[
         bool, typer.Option("--no-control", help="Leave the scene's controls out, to compare.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Draw pictures anew that are there from the very same run.")
+    ] = False,
     form: FormatOption = Format.human,
 ) -> None:
     """Make pictures from scenes. Each PNG carries all that is needed to make it again.
+
+    A run that was interrupted goes on where it stopped: pictures that would come out the same are kept. A scene that
+    fails does not stop the others. `accelerate launch -m attnctrl generate ...` splits the pictures over its processes.
 
     Examples:
 
@@ -74,31 +82,95 @@ def generate(
     """
     jobs = _jobs(scenes, output, seed, num, model, steps)
     hush()
+    part = processes(device)
+    mine = part.share([(job, one, target) for job in jobs for one, target in job.targets.items()])
     made: list[dict[str, Any]] = []
-    pipe: Any = None
-    loaded: tuple[Model, str | None] | None = None
-    for job in jobs:
-        wanted = (job.model, dtype.value if dtype else recorded_dtype(job.record))
-        if wanted != loaded:
-            pipe, loaded = load(job.model, device, wanted[1]), wanted
-        controlled = not no_control and bool(job.record.get("controlled", True))
-        for number, (seed_now, target) in enumerate(job.targets.items(), 1):
-            started = time.perf_counter()
-            with progress_bar(f"{job.source.stem} {number}/{len(job.targets)}", form) as advance:
-                picture = pipe(job.scene, [seed_now], controlled=controlled, progress=advance)[0]
-            picture.save(target)
-            seconds = round(time.perf_counter() - started, 3)
-            _compare(job, picture.record)
-            size = list(picture.image.size)
-            made.append(
-                {"path": str(target), "scene": str(job.source), "seed": seed_now, "size": size,
-                 "controlled": picture.controlled, "model": picture.record["model"], "seconds": seconds}
-            )  # fmt: skip
-            if form is not Format.json:
-                about = f"  seed {seed_now}  {size[0]} x {size[1]}  {seconds:.1f} s"
-                typer.echo(str(target) if form is Format.quiet else f"{target}{about}")
-    if form is Format.json:
-        emit(form, {"command": "generate", "images": made})
+    failures: list[Exception] = []
+    pipes = _Pipes(device or part.device)
+    with progress_bar("drawing", form) as advance:
+        total = sum(_steps(job) for job, _, _ in mine)
+        done = 0
+        for job, seed_now, target in mine:
+            try:
+                further = partial(_further, advance, done, total)
+                entry = _draw(job, seed_now, target, pipes, dtype, no_control, again, further)
+            except Exception as error:
+                if len(mine) == 1:
+                    raise
+                failures.append(error)
+                note(f"failed: {job.source}, seed {seed_now}: {error}")
+            else:
+                made.append(entry)
+                _tell(entry, form)
+            done += _steps(job)
+    images = sorted(part.gathered(made), key=lambda one: one["path"])
+    failed = part.gathered([str(error) for error in failures])
+    if form is Format.json and part.index == 0:
+        emit(form, {"command": "generate", "images": images, "failed": failed})
+    if failures:
+        note(f"{len(failures)} of {len(mine)} pictures failed; the first:")
+        raise failures[0]
+
+
+class _Pipes:
+    """The pipeline loaded last; scenes of one model and number format share it."""
+
+    def __init__(self, device: str | None) -> None:
+        self.device = device
+        self.loaded: tuple[Model, str | None] | None = None
+        self.pipe: Any = None
+
+    def of(self, model: Model, dtype: str | None) -> Any:
+        if self.loaded != (model, dtype):
+            self.pipe, self.loaded = load(model, self.device, dtype), (model, dtype)
+        return self.pipe
+
+
+def _draw(
+    job: _Job,
+    seed: int,
+    target: Path,
+    pipes: _Pipes,
+    dtype: Dtype | None,
+    no_control: bool,
+    again: bool,
+    advance: Advance,
+) -> dict[str, Any]:
+    """Draw one picture and write it, unless it is there; what there is to tell of it."""
+    from attnctrl.provenance import same_run
+
+    pipe = pipes.of(job.model, dtype.value if dtype else recorded_dtype(job.record))
+    controlled = not no_control and bool(job.record.get("controlled", True))
+    started = time.perf_counter()
+    kept = None if again else same_run(target, pipe.record(job.scene, seed, controlled), job.scene.files())
+    if kept is None:
+        picture = pipe(job.scene, [seed], controlled=controlled, progress=advance)[0]
+        picture.save(target)
+    record = picture.record if kept is None else kept
+    _compare(job, record)
+    return {
+        "path": str(target), "scene": str(job.source), "seed": seed,
+        "size": [record["settings"]["width"], record["settings"]["height"]],
+        "controlled": record["report"] is not None, "model": record["model"], "kept": kept is not None,
+        "seconds": round(time.perf_counter() - started, 3),
+    }  # fmt: skip
+
+
+def _tell(entry: Mapping[str, Any], form: Format) -> None:
+    width, height = entry["size"]
+    took = "was there" if entry["kept"] else f"{entry['seconds']:.1f} s"
+    about = f"  seed {entry['seed']}  {width} x {height}  {took}"
+    if form is not Format.json:
+        typer.echo(entry["path"] if form is Format.quiet else f"{entry['path']}{about}")
+
+
+def _steps(job: _Job) -> int:
+    """Denoising steps of a picture, for progress."""
+    return int(job.scene.steps or job.model.defaults.get("steps") or 28)
+
+
+def _further(advance: Advance, before: int, total: int, done: int, _steps: int) -> None:
+    advance(before + done, total)
 
 
 def _jobs(
