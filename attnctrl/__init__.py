@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
+    from .controls import (
+        Control,
+        GroupIsolation,
+        Isolate,
+        OpenTexts,
+        Perturb,
+        RegionModulation,
+        Regions,
+        Reposition,
+        Share,
+    )
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -66,6 +76,7 @@ __all__ = [
     "RegionModulation",
     "Regions",
     "Report",
+    "Reposition",
     "SceneError",
     "ScheduleError",
     "SelectionError",
@@ -95,6 +106,7 @@ _HOMES = {
         "Perturb",
         "RegionModulation",
         "Regions",
+        "Reposition",
         "Share",
     ),
     "explain": ("Explanation", "explain"),
