@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .explain import Explanation, explain
     from .phrases import in_prompt, phrase_spans
+    from .pinned import pinned
     from .presets import preset
     from .processors import (
         ControlledAttnProcessor,
@@ -89,6 +90,7 @@ __all__ = [
     "explain",
     "in_prompt",
     "phrase_spans",
+    "pinned",
     "preset",
     "processors",
     "report",
@@ -111,6 +113,7 @@ _HOMES = {
     ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),
+    "pinned": ("pinned",),
     "presets": ("preset",),
     "region": ("Region", "segments"),
     "processors": (
