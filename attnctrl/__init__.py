@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
+    from .controls import (
+        Control,
+        GroupIsolation,
+        Isolate,
+        OpenTexts,
+        Perturb,
+        RegionModulation,
+        Regions,
+        Reposition,
+        Share,
+    )
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .explain import Explanation, explain
     from .phrases import in_prompt, phrase_spans
+    from .pinned import pinned
     from .presets import preset
     from .processors import (
         ControlledAttnProcessor,
@@ -66,6 +77,7 @@ __all__ = [
     "RegionModulation",
     "Regions",
     "Report",
+    "Reposition",
     "SceneError",
     "ScheduleError",
     "SelectionError",
@@ -78,6 +90,7 @@ __all__ = [
     "explain",
     "in_prompt",
     "phrase_spans",
+    "pinned",
     "preset",
     "processors",
     "report",
@@ -95,10 +108,12 @@ _HOMES = {
         "Perturb",
         "RegionModulation",
         "Regions",
+        "Reposition",
         "Share",
     ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),
+    "pinned": ("pinned",),
     "presets": ("preset",),
     "region": ("Region", "segments"),
     "processors": (

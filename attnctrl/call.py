@@ -52,6 +52,7 @@ class Situation:
         member: bool [regions, image tokens].
         words: what the tokens of the prompt are.
         shared: of each other picture whose tokens are among the keys, who holds them, see `partition`.
+        others: the regions of each of these pictures.
         line: which picture of how many this is.
     """
 
@@ -60,6 +61,7 @@ class Situation:
     member: Tensor
     words: Words = field(default_factory=Words)
     shared: Mapping[int, Tensor] = field(default_factory=dict)
+    others: Mapping[int, tuple[Region, ...]] = field(default_factory=dict)
     line: Line = field(default_factory=partial(Line, 0, ()))
 
     def _split(self, side: Layout) -> tuple[Tensor, tuple[Group, ...]]:

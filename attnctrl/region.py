@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["Grid", "Overlap", "Region", "by", "centre", "coverage", "labels", "membership", "segments"]
+__all__ = ["Grid", "Overlap", "Region", "by", "centre", "coverage", "extent", "labels", "membership", "segments"]
 
 Overlap = Literal["union", "priority", "background"]
 Grid = tuple[int, ...]
@@ -205,6 +205,22 @@ def centre(region: Region) -> tuple[float, float]:
         return float(mask.sum(0) @ columns / mask.sum()), float(mask.sum(1) @ rows / mask.sum())
     x0, y0, x1, y1 = region.box or (0.0, 0.0, 1.0, 1.0)
     return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+def extent(region: Region) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) around a region as shares of the picture; of a mask, around what is half or more in it, or
+    nowhere more."""
+    if region.mask is None:
+        return region.box or (0.0, 0.0, 1.0, 1.0)
+    held = region.mask >= min(_HALF, float(region.mask.max()))
+    (y0, y1), (x0, x1) = _ends(held.any(1)), _ends(held.any(0))
+    return x0, y0, x1, y1
+
+
+def _ends(held: Tensor) -> tuple[float, float]:
+    """Where the first marked cell of a row begins and the last one ends, as shares of the row."""
+    found = held.nonzero().flatten().tolist()
+    return found[0] / len(held), (found[-1] + 1) / len(held)
 
 
 def _overlap(start: float, stop: float, cells: int) -> Tensor:

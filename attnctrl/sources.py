@@ -7,13 +7,14 @@ their own picture; a move turns them on, as if they stood elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .execute import Pass
 from .execute.tokens import TokenSet, token_set
+from .layout import TokenRange
 from .rotary import Rotary
 from .visibility import Visibility
 
@@ -22,10 +23,21 @@ __all__ = ["Move", "Sources", "compacted"]
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """Where rotated keys are taken to: `shift` float64 [axes], see `Rotary.turn`."""
+    """Where rotated keys are taken to: `shift` float64 [axes], or [image tokens, axes] where each goes its own way, see
+    `Rotary.turn`."""
 
     rotary: Rotary
     shift: Tensor
+
+    def of(self, tokens: TokenSet, image: TokenRange) -> Move:
+        """The move of some of a layer's key tokens, of which those of `image` are the picture's."""
+        if self.shift.ndim == 1:
+            return self
+        return replace(self, shift=tokens.take(torch.nn.functional.pad(self.shift, (0, 0, image.start, 0)), 0))
+
+    def to(self, device: torch.device) -> Move:
+        """The same with its shifts on `device`."""
+        return replace(self, shift=self.shift.to(device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from .region import Region
 from .rotary import Rotary
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
-from .sources import Sources
+from .sources import Move, Sources
 from .variants import Line, Variant, make_variants
 
 __all__ = ["Acts", "Presence", "Seat", "Stack"]
@@ -86,9 +86,17 @@ class Stack(Declared):
                     f"'{seat.control.name}' needs regions, but it has none and no control of the stack declares any. "
                     "Give it regions=[...], or attach it together with Regions([...])."
                 )
+            if seat.control.follows and not any(one.layers & seat.layers for one in self._sharing()):
+                raise ControlError(
+                    f"'{seat.control.name}' changes what pictures share, but no control of the stack shares anything "
+                    "in its layers. Attach it together with Share(...)."
+                )
         self._situations: dict[tuple[Variant, str, tuple[int, ...]], Situation] = {}
         self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], Planned] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
+
+    def _sharing(self) -> list[Seat]:
+        return [seat for seat in self.seats if seat.control.shares]
 
     def active(self, moment: Moment, branch: str | None, observing: bool = False) -> tuple[int, ...]:
         """Numbers of the seats that act now; of those that only observe, if `observing`.
@@ -203,8 +211,9 @@ class Stack(Declared):
             seen = variant.frames[frame]
             member = self.member(variant.scene, seen.grid)
             shared = {n: self.of_other(variant.scene, n * self.scenes // line.images, seen.grid) for n in reads}
+            others = {n: self.regions(n * self.scenes // line.images) for n in reads}
             self._situations[key] = Situation(
-                seen.with_shared(reads) if reads else seen, regions, member, self._words(variant), shared, line
+                seen.with_shared(reads) if reads else seen, regions, member, self._words(variant), shared, others, line
             )
         return self._situations[key]
 
@@ -275,11 +284,24 @@ class Stack(Declared):
         if not tokens:
             return None
         reads, image = self.reads(variant, frame, acting), variant.line.image
-        sharing = next(one for i in acting if (one := self.seats[i].control).shares)
-        grid = variant.frames[frame].grid
-        moves = [sharing.move(number, grid, self.rotary) for number in range(len(reads))]
+        situation = self.situation(variant, frame, reads)
+        image_keys = situation.frame.keys["image"]
+        made = [self._move(situation, other, acting) for other in reads]
+        moves = [
+            None if one is None else one.to(device).of(mine, image_keys) for one, mine in zip(made, tokens, strict=True)
+        ]
         at = torch.tensor([[row - image + other for other in reads] for row in rows], device=device)
         return Sources(at, tokens, tuple(moves))
+
+    def _move(self, situation: Situation, other: int, acting: tuple[int, ...]) -> Move | None:
+        controls = [self.seats[i].control for i in acting]
+        made = [(one.name, move) for one in controls if (move := one.move(situation, other, self.rotary)) is not None]
+        if len(made) > 1:
+            raise ControlError(
+                f"{' and '.join(name for name, _ in made)} both say where other pictures' keys seem to stand in one "
+                "layer; give Share positions='keep', or leave one of them out."
+            )
+        return made[0][1] if made else None
 
     def outputs(self, variant: Variant, layer: Layer, acting: tuple[int, ...]) -> tuple[Output, ...]:
         """What becomes of the executed calls of a layer in which the seats `acting` act."""

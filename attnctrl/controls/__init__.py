@@ -7,6 +7,7 @@ from .isolation import Isolate
 from .lamic import GroupIsolation, RegionModulation
 from .perturb import Perturb
 from .region import OpenTexts, Regions
+from .reposition import Reposition
 from .sharing import Share
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Perturb",
     "RegionModulation",
     "Regions",
+    "Reposition",
     "Share",
 ]

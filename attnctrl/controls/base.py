@@ -12,7 +12,7 @@ from ..errors import ControlError
 from ..guidance import Guide
 from ..layout import Span
 from ..output import Output
-from ..region import Grid, Overlap, Region
+from ..region import Overlap, Region
 from ..rotary import Rotary
 from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
 from ..select import Layer, Selector
@@ -53,6 +53,8 @@ class Control:
     """The texts of its regions are appended to the model's text sequence while the control acts."""
     shares: ClassVar[bool] = False
     """Rows read keys and values of other pictures of the batch while it acts, see `reads`."""
+    follows: ClassVar[bool] = False
+    """It changes what others share, and acts where they do, see `move`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
 
@@ -123,8 +125,8 @@ class Control:
         """The other pictures, of `images` in the branch, that picture `image` reads; of sharing controls alone."""
         return ()
 
-    def move(self, number: int, grid: Grid | None, rotary: Rotary | None) -> Move | None:
-        """Where the keys of the `number`th of these pictures are taken to; None leaves them where they stand."""
+    def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
+        """Where the keys of another picture that is read are taken to; None leaves them where they stand."""
         return None
 
     @property

@@ -15,7 +15,6 @@ import torch
 from ..call import Situation
 from ..errors import ControlError, UnsupportedModelError
 from ..groups import Group
-from ..region import Grid
 from ..rotary import Rotary
 from ..sources import Move
 from ..visibility import Visibility, compose
@@ -102,15 +101,16 @@ class Share(Regional):
             last = min(last, first + self.anchors)
         return tuple(other for other in range(first, last) if other != image)
 
-    def move(self, number: int, grid: Grid | None, rotary: Rotary | None) -> Move | None:
-        if self.positions == "keep" or grid is None:
+    def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
+        if self.positions == "keep":
             return None
         if rotary is None or "x" not in rotary.axes:
             raise UnsupportedModelError(
                 f"'{self.name}': positions='apart' turns keys on, and in this model image tokens have no rotary "
                 "positions in steps of whole tokens. Leave positions='keep'."
             )
-        return Move(rotary, rotary.shift(x=float((number + 1) * grid[-1])))
+        number = 1 + list(situation.shared).index(other)
+        return Move(rotary, rotary.shift(x=float(number * situation.frame.keys.grid[-1])))
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:

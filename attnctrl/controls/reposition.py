@@ -1,0 +1,179 @@
+"""Subjects of other pictures, read as if they stood where they stand in the picture that reads them.
+
+After Reposition Attention of IR-Diffusion (arXiv 2411.19261), as its abstract tells it: tokens read what is near to
+them, so a subject that is shared is moved and scaled to its new place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..call import Situation
+from ..errors import ControlError, UnsupportedModelError
+from ..fitting import Box, Fit, Fitting, around, fitted, repeats
+from ..region import Region, extent
+from ..rotary import Rotary
+from ..sources import Move
+from ..visibility import Visibility
+from .base import Branch, Control
+
+__all__ = ["Mode", "Reposition"]
+
+Mode = Literal["rope", "resample"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reposition(Control):
+    """Moves what `Share` reads of a subject to its namesake's place in the reading picture:
+
+        k_j' = R(g (p_j' - p_j)) k_j    with    p_j' = t + (p_j + 1/2 - r) s - 1/2,    log-weight g log(s_y s_x)
+
+    where r and t are the middles of the subject's region there and here, s = size here / size there, in tokens, and g
+    is `strength`. It needs a `Share` in the same layers, and regions, which any control of the stack declares; subjects
+    are the same where their regions have the same name, and the first region of a name counts. Subjects without a
+    namesake stay where they are, with a warning.
+
+    Attributes:
+        mode: "rope" turns keys on, by fractions of a token as well, in models with rotary positions. "resample", for
+            every model, moves nothing: it weighs each token by how often resizing the subject would take it, which is
+            all that remains of moving keys without positions; with equal sizes it does nothing.
+        fit: "stretch" fills the region's extent, "contain" and "cover" keep proportions.
+        density: with "rope", a subject that is scaled counts as much as the area that it then covers.
+        strength: g, of the way to go; 0 leaves everything where it stands.
+    """
+
+    name: ClassVar[str] = "reposition"
+    follows: ClassVar[bool] = True
+
+    mode: Mode = "rope"
+    fit: Fit = "stretch"
+    density: bool = True
+    branch: Branch = field(default="all", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("mode", Mode)
+        self._check_choice("fit", Fit)
+
+    def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
+        if self.mode != "rope":
+            return None
+        if rotary is None or not {"y", "x"} <= set(rotary.axes):
+            raise UnsupportedModelError(
+                f"'{self.name}': mode='rope' turns keys on, and in this model image tokens have no rotary positions in "
+                "steps of whole tokens. Use mode='resample', or a canvas (attnctrl.pipelines.canvas)."
+            )
+        self._tell_unmoved(situation, other)
+        height, width = _grid(situation)
+        cells = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        frames = situation.shared[other].shape[1] // len(cells)
+        places = cells.repeat(frames, 1)
+        shift = torch.zeros(len(places), len(rotary.axes), dtype=torch.float64)
+        axes = [rotary.axes.index("y"), rotary.axes.index("x")]
+        for held, fitting in self._fittings(situation, other, _extents):
+            shift[held.nonzero(), axes] = self.strength * fitting.shift(places[held])
+        return Move(rotary, shift)
+
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        if not situation.shared:
+            return None
+        if not situation.regions:
+            raise ControlError(
+                f"'{self.name}' moves subjects, but no control of the stack declares regions, so nothing tells where "
+                "they are. Give `Share` regions=[...], one list per picture."
+            )
+        keys = situation.frame.keys
+        weight = torch.ones(keys.tokens, dtype=torch.float64)
+        for other in situation.shared:
+            span = keys[f"shared.{other}"]
+            weight[span.start : span.stop] = _WEIGHTS[self.mode](self, situation, other) ** self.strength
+        if bool((weight == 1).all()):
+            return None
+        values, atom = weight.unique(return_inverse=True)
+        names = tuple(f"times {value:.3g}" for value in values.tolist())
+        return Visibility(torch.zeros_like(situation.queries[0]), atom, values.log().float()[None], ("all",), names)
+
+    def _density(self, situation: Situation, other: int) -> Tensor:
+        """float64 [image tokens]: how much larger the subject of each becomes."""
+        weight = torch.ones(situation.shared[other].shape[1], dtype=torch.float64)
+        for held, fitting in self._fittings(situation, other, _extents) if self.density else ():
+            weight[held] = fitting.area
+        return weight
+
+    def _multiplicity(self, situation: Situation, other: int) -> Tensor:
+        """float64 [image tokens]: how often resizing a subject's box of tokens to its namesake's would take each."""
+        height, width = _grid(situation)
+        weight = torch.ones(situation.shared[other].shape[1] // (height * width), height, width, dtype=torch.float64)
+        for held, fitting in self._fittings(situation, other, _boxes):
+            x0, y0, x1, y1 = map(int, _box(held, situation))
+            rows, columns = (
+                repeats(cells, scale) for cells, scale in zip((y1 - y0, x1 - x0), fitting.scale, strict=True)
+            )
+            taken = torch.ones_like(weight)
+            taken[:, y0:y1, x0:x1] = torch.outer(rows, columns).double()
+            weight = torch.where(held.view_as(weight), taken, weight)
+        return weight.flatten()
+
+    def _fittings(
+        self, situation: Situation, other: int, boxes: Callable[[Situation, int, int], tuple[Box, Box]]
+    ) -> Iterator[tuple[Tensor, Fitting]]:
+        """(bool [image tokens], their map) of each subject of another picture that has a namesake here; of tokens in
+        several, the last counts."""
+        for number, held in enumerate(situation.shared[other][:-1]):
+            if bool(held.any()):
+                yield held, fitted(*boxes(situation, other, number), self.fit)
+
+    def _tell_unmoved(self, situation: Situation, other: int) -> None:
+        here = {region.label for region in situation.regions}
+        if lacking := [region.label for region in situation.others[other] if region.label not in here]:
+            warnings.warn(
+                f"'{self.name}': picture {other} has the regions {', '.join(lacking)}, which picture "
+                f"{situation.line.image} has not: as far as it reads them, they stay where they are. Give regions of "
+                "one subject the same name.",
+                stacklevel=2,
+            )
+
+
+_WEIGHTS: Mapping[Mode, Callable[[Reposition, Situation, int], Tensor]] = {
+    "rope": Reposition._density,
+    "resample": Reposition._multiplicity,
+}
+
+
+def _grid(situation: Situation) -> tuple[int, int]:
+    height, width = situation.frame.keys.grid[-2:]
+    return height, width
+
+
+def _extents(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
+    """The boxes around a subject in another picture and here, in tokens, as exactly as its regions tell."""
+    height, width = _grid(situation)
+
+    def scaled(region: Region) -> Box:
+        x0, y0, x1, y1 = extent(region)
+        return x0 * width, y0 * height, x1 * width, y1 * height
+
+    here = situation.regions[number]
+    there = [scaled(region) for region in situation.others[other] if region.label == here.label]
+    return around(there), scaled(here)
+
+
+def _boxes(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
+    """The same of the tokens that are a subject's."""
+    held = situation.shared[other][number], situation.member[number]
+    return _box(held[0], situation), _box(held[1], situation)
+
+
+def _box(held: Tensor, situation: Situation) -> Box:
+    """The box around tokens bool [image tokens], the same in all frames of a film."""
+    grid = _grid(situation)
+    cells = held[: prod(grid)].view(grid)
+    rows, columns = (cells.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
