@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
+    from .bank import Bank
+    from .controls import Control, GroupIsolation, Isolate, Keep, OpenTexts, Perturb, RegionModulation, Regions, Share
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AssetError",
     "AttnCtrlError",
+    "Bank",
     "Control",
     "ControlError",
     "ControlledAttnProcessor",
@@ -56,6 +58,7 @@ __all__ = [
     "Handle",
     "Isolate",
     "IsolationAttnProcessor",
+    "Keep",
     "LayoutError",
     "OpenTexts",
     "Perturb",
@@ -87,10 +90,12 @@ __all__ = [
 
 _HOMES = {
     "attach": ("Handle", "attach"),
+    "bank": ("Bank",),
     "controls": (
         "Control",
         "GroupIsolation",
         "Isolate",
+        "Keep",
         "OpenTexts",
         "Perturb",
         "RegionModulation",
