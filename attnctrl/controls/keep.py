@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ from .base import CODE_ONLY, Branch
 from .regional import Regional
 from .sharing import Tokens
 
-__all__ = ["Keep", "held_of"]
+if TYPE_CHECKING:
+    from ..bank.size import Need
+
+__all__ = ["Keep", "held_of", "is_kept_layer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,12 @@ class Keep(Regional):
     def is_kept(self, step: int) -> bool:
         """Whether keys of this step are kept, in the window."""
         return step % self.every == 0
+
+    def predict(self, pipe_or_model: Any, **run: Any) -> Need:
+        """What a run will take in the bank, told before it runs; arguments as of `attnctrl.bank.size.predict`."""
+        from ..bank.size import predict
+
+        return predict(pipe_or_model, self, **run)
 
     def probes(self, view: View) -> dict[str, Probe]:
         """A probe for each layer in which image tokens read image tokens.

@@ -136,6 +136,11 @@ class Share(Regional):
                 f"'{self.name}' shares tokens of subjects, but no control of the stack declares regions, so nothing "
                 "tells which these are. Give it regions=[...], one list per picture, or tokens='all', queries='all'."
             )
+        if situation.stored and self.bank is not None and self.bank.tokens not in ("all", self.tokens):
+            raise ControlError(
+                f"'{self.name}' reads tokens='{self.tokens}', but the bank keeps tokens='{self.bank.tokens}' alone. "
+                "Give Share the tokens that Keep had, or keep 'all'."
+            )
         table = situation.tabulate(self._sees)
         return table if self.ratio == 1 else compose(table, self._drawn(situation))
 
