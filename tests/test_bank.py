@@ -80,3 +80,13 @@ def test_capture_changes_nothing_and_keeps_what_the_kernel_got(pipe: Any) -> Non
         assert torch.equal(packed.states, whole.entries[entry].states[:, :, held.tokens])
         assert len(held.tokens) == held.grid[0] * held.grid[1] // (1 + entry.picture)
     assert bank.nbytes == whole.nbytes * 3 // 4
+
+
+def test_perturbed_branches_read_what_was_kept_of_theirs() -> None:
+    pipe = PIPES["flux"]()
+    perturb = ac.Perturb(layers="double", scale=2.0)
+    joint = run(pipe, range(3), [ac.Share(readers="anchors"), perturb], guidance=1.0)
+    bank = captured(pipe, range(2), [ac.Share(), perturb], guidance=1.0)
+    assert bank.branches == ("cond", "perturbed")
+    close(run(pipe, range(2, 3), [ac.Share(bank=bank), perturb], guidance=1.0), joint[2:])
+    assert (run(pipe, range(2, 3), perturb, guidance=1.0) - joint[2:]).abs().max() > 2e-3

@@ -1,7 +1,7 @@
 """Banks as files: one safetensors file, with a JSON header in its metadata. No pickles; whole or not at all.
 
-Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8, and "place|<number>|tokens"
-and "place|<number>|member" for the places that the header lists.
+Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8, "place|<number>|tokens" and
+"place|<number>|member" for the places that the header lists, and "sigmas" for the noise levels of the run.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ __all__ = ["FORMAT", "load", "save"]
 FORMAT = 1
 _KEY = "attnctrl.bank"
 _SCALE = "scale"
+_SIGMAS = "sigmas"
 
 
 def save(bank: Bank, path: str | Path) -> Path:
     """Write a bank. Raises `OSError` where the file cannot be written."""
     from ..provenance import versions
 
-    tensors: dict[str, Tensor] = {}
+    # as a tensor, since models that begin without signal have an infinite one, which JSON has not
+    tensors = {_SIGMAS: torch.tensor(bank.sigmas, dtype=torch.float64)}
     for entry, packed in bank.entries.items():
         tensors["|".join(map(str, entry))] = packed.states
         if packed.scale is not None:
@@ -45,7 +47,6 @@ def save(bank: Bank, path: str | Path) -> Path:
     told = {
         "format": FORMAT,
         "model": bank.model,
-        "sigmas": bank.sigmas,
         "every": bank.every,
         "tokens": bank.tokens,
         "dtype": bank.dtype,
@@ -85,7 +86,7 @@ def load(path: str | Path, pipe_or_model: Any = None, device: torch.device | str
 
 
 def _filled(bank: Bank, told: dict[str, Any], tensors: dict[str, Tensor]) -> Bank:
-    bank.model, bank.sigmas = told["model"], tuple(told["sigmas"])
+    bank.model, bank.sigmas = told["model"], tuple(tensors.pop(_SIGMAS).tolist())
     bank.every, bank.tokens = told["every"], told["tokens"]
     for number, place in enumerate(told["places"]):
         index, member = (tensors.pop(f"place|{number}|{part}").cpu() for part in ("tokens", "member"))
@@ -97,7 +98,8 @@ def _filled(bank: Bank, told: dict[str, Any], tensors: dict[str, Tensor]) -> Ban
         layer, step, branch, picture = name.split("|")
         found[Entry(layer, int(step), branch, int(picture))] = Packed(states, scales.get(f"{name}|{_SCALE}"))
     order = {layer: number for number, layer in enumerate(told["layers"])}
-    bank.entries = dict(sorted(found.items(), key=lambda item: (item[0].step, order[item[0].layer], *item[0][2:])))
+    for entry in sorted(found, key=lambda entry: (entry.step, order[entry.layer], entry.branch, entry.picture)):
+        bank.add(entry, found[entry])
     return bank
 
 

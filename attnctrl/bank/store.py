@@ -100,6 +100,8 @@ class Bank:
         self.tokens = "all"
         self.places: dict[tuple[str, int], Held] = {}
         self.entries: dict[Entry, Packed] = {}
+        self._steps: dict[int, None] = {}
+        self._branches: dict[str, None] = {}
 
     @property
     def pictures(self) -> int:
@@ -114,12 +116,12 @@ class Bank:
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps that are kept."""
-        return tuple(sorted({entry.step for entry in self.entries}))
+        return tuple(sorted(self._steps))
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Guidance branches that are kept."""
-        return tuple(sorted({entry.branch for entry in self.entries}))
+        return tuple(sorted(self._branches))
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +171,13 @@ class Bank:
                 "each, or clear() it."
             )
         tokens = held.tokens.to(key.device)
-        self.entries[entry] = pack(key.index_select(1, tokens), value.index_select(1, tokens), self.dtype, self.device)
+        self.add(entry, pack(key.index_select(1, tokens), value.index_select(1, tokens), self.dtype, self.device))
+
+    def add(self, entry: Entry, packed: Packed) -> None:
+        """Keep what is packed already."""
+        self.entries[entry] = packed
+        self._steps[entry.step] = None
+        self._branches[entry.branch] = None
 
     def check(self, model: Mapping[str, str], moment: Moment, branch: str | None) -> None:
         """Whether a forward can read this bank.
