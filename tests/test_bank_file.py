@@ -153,6 +153,7 @@ def test_runs_that_do_not_fit_are_refused(pipe: Any, bank: ac.Bank) -> None:
     refused(ac.ControlError, "keeps branches cond, and a forward of branch 'uncond'", prompt)
     only = ac.Share(bank=few, window=late["window"], layers="single")
     refused(ac.ControlError, "reads tokens='all', but the bank keeps tokens='subject'", only, guidance=1.0)
+    refused(ac.ControlError, "nothing tells which these are", ac.Share(bank=bank, tokens="subject"))
     with pytest.raises(ac.ControlError, match="readers and group say nothing"):
         ac.Share(bank=bank, readers="anchors")
     with pytest.raises(ac.ControlError, match="not written to documents"):

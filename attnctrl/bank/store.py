@@ -124,6 +124,11 @@ class Bank:
         return tuple(sorted(self._branches))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the regions whose tokens are told apart."""
+        return tuple(dict.fromkeys(name for held in self.places.values() for name in held.names))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(one.nbytes for one in self.entries.values())

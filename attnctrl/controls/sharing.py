@@ -131,10 +131,13 @@ class Share(Regional):
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
             return None
-        if (self.tokens, self.queries) != ("all", "all") and not situation.regions:
+        # the tokens of a bank bring the names of their subjects
+        named = situation.regions if self.bank is None else self.bank.names
+        if (self.tokens != "all" and not named) or (self.queries != "all" and not situation.regions):
             raise ControlError(
                 f"'{self.name}' shares tokens of subjects, but no control of the stack declares regions, so nothing "
-                "tells which these are. Give it regions=[...], one list per picture, or tokens='all', queries='all'."
+                "tells which these are. Give it (or Keep, for a bank) regions=[...], one list per picture, or "
+                "tokens='all', queries='all'."
             )
         if situation.stored and self.bank is not None and self.bank.tokens not in ("all", self.tokens):
             raise ControlError(
