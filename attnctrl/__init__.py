@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
+    from .bank import Bank
     from .controls import (
         Control,
         GroupIsolation,
         Isolate,
+        Keep,
         OpenTexts,
         Perturb,
         RegionModulation,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AssetError",
     "AttnCtrlError",
+    "Bank",
     "Control",
     "ControlError",
     "ControlledAttnProcessor",
@@ -67,6 +70,7 @@ __all__ = [
     "Handle",
     "Isolate",
     "IsolationAttnProcessor",
+    "Keep",
     "LayoutError",
     "OpenTexts",
     "Perturb",
@@ -100,10 +104,12 @@ __all__ = [
 
 _HOMES = {
     "attach": ("Handle", "attach"),
+    "bank": ("Bank",),
     "controls": (
         "Control",
         "GroupIsolation",
         "Isolate",
+        "Keep",
         "OpenTexts",
         "Perturb",
         "RegionModulation",

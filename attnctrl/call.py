@@ -26,9 +26,12 @@ from .groups import Group, Words, partition
 from .layout import Frame, Layout
 from .output import RowOutputs, edited, of_rows
 from .region import Region
-from .sources import Sources, compacted, shifted
+from .schedule import Moment
+from .sources import Sources, Stored, compacted, shifted
 from .variants import Line
 from .visibility import Visibility, compose
+
+_Own = tuple[Tensor, Tensor, Tensor | None]
 
 __all__ = ["Act", "Blend", "Probe", "Row", "Situation", "build_passes", "build_plan", "per_sample"]
 
@@ -53,6 +56,7 @@ class Situation:
         words: what the tokens of the prompt are.
         shared: of each other picture whose tokens are among the keys, who holds them, see `partition`.
         others: the regions of each of these pictures.
+        stored: these are pictures of a bank, of which there are those tokens alone that it holds.
         line: which picture of how many this is.
     """
 
@@ -62,6 +66,7 @@ class Situation:
     words: Words = field(default_factory=Words)
     shared: Mapping[int, Tensor] = field(default_factory=dict)
     others: Mapping[int, tuple[Region, ...]] = field(default_factory=dict)
+    stored: bool = False
     line: Line = field(default_factory=partial(Line, 0, ()))
 
     def _split(self, side: Layout) -> tuple[Tensor, tuple[Group, ...]]:
@@ -167,11 +172,11 @@ def build_plan(
     passes = build_passes(situation, acting, hidden)
     if not situation.shared:
         return (plan(passes, device=device, host=host) if passes else None), ()
-    keys, images = situation.frame.keys, len(situation.frame.queries["image"])
+    keys = situation.frame.keys
     passes = passes or [Pass(situation.tabulate(lambda q, k: 1.0))]
-    own = keys.tokens - images * len(situation.shared)
-    passes, left = compacted(passes, own, [images] * len(situation.shared))
-    begin = keys["image"].start
+    lengths = [held.shape[1] for held in situation.shared.values()]
+    passes, left = compacted(passes, keys.tokens - sum(lengths), lengths)
+    begin = 0 if situation.stored else keys["image"].start
     return plan(passes, device=device, host=host), tuple(shifted(one, begin).to(device) for one in left)
 
 
@@ -202,7 +207,9 @@ def _weighted(visibility: Visibility, share: Tensor) -> Pass:
 class Probe(Protocol):
     """What watches the kernel calls of a layer; it gets the very tensors that the kernel gets and must not write."""
 
-    def look(self, query: Tensor, key: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None) -> None:
+    def look(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
+    ) -> None:
         """Watch one call; arguments as in `Act.run`."""
 
 
@@ -238,6 +245,23 @@ class Act:
         self._order = torch.argsort(torch.cat(rows)) if rows else None
         told = rows or [rows for rows, *_ in self.outputs if rows is not None]
         self._rows = sum(map(len, told)) if told else None
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """What is read of banks."""
+        return tuple(one for one in self.sources if isinstance(one, Stored))
+
+    def at(self, layer: str, moment: Moment) -> Act:
+        """The same for a layer of a forward, with what it reads of banks.
+
+        Raises:
+            ControlError, ScheduleError: when a bank holds no keys for it.
+        """
+        placed = {id(one): one.at(layer, moment) for one in self.stored}
+        made = copy.copy(self)
+        made.sources = tuple(placed.get(id(one), one) for one in self.sources)
+        made.outputs = tuple((rows, part, placed.get(id(one), one), edits) for rows, part, one, edits in self.outputs)
+        return made
 
     def watched(self, probes: Sequence[Probe]) -> Act:
         """The same with `probes` besides its own."""
@@ -288,14 +312,12 @@ class Act:
             mask = per_sample(mask, query.shape[0], self.tokens)
         run = partial(_run_part, kernel)
         if self._order is None:
-            out = run(self.parts[0][1], query, key, value, mask, scale)
+            out = run(self.parts[0][1], query, *_read(self.sources[0], (key, value, mask), key, value), scale)
         else:
             pieces = []
             for (rows, part), sources in zip(self.parts, self.sources, strict=True):
                 own = key[rows], value[rows], of_rows(mask, rows)
-                pieces.append(
-                    run(part, query[rows], *(own if sources is None else sources.join(own, key, value)), scale)
-                )
+                pieces.append(run(part, query[rows], *_read(sources, own, key, value), scale))
             out = torch.cat(pieces)[self._order]
         return edited(self.outputs, out, (query, key, value), mask, run, scale)
 
@@ -318,6 +340,11 @@ def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:
             "texts and references included."
         )
     return mask
+
+
+def _read(sources: Sources | None, own: _Own, key: Tensor, value: Tensor) -> _Own:
+    """Key, value and mask of some rows, with what they read of others."""
+    return own if sources is None else sources.join(own, key, value)
 
 
 def _run_part(

@@ -85,12 +85,15 @@ class Declared:
     def of_other(self, scene: int, other: int, grid: Grid | None) -> Tensor:
         """bool [regions + 1, image tokens] of another scene's picture: who of `scene`'s regions has a namesake there,
         and in the last row those that have none here."""
-        own, theirs = self.regions(scene), self.regions(other)
-        held = self.member(other, grid)
-        names = [region.label for region in own]
+        names = [region.label for region in self.regions(other)]
+        return self.of_names(scene, names, self.member(other, grid))
+
+    def of_names(self, scene: int, names: Sequence[str], held: Tensor) -> Tensor:
+        """bool [regions + 1, tokens] as `of_other`, of tokens `held` bool [names, tokens] by regions of these names."""
+        own = [region.label for region in self.regions(scene)]
         rows = torch.zeros(len(own) + 1, held.shape[1], dtype=torch.bool)
-        for region, cells in zip(theirs, held, strict=True):
-            rows[names.index(region.label) if region.label in names else len(own)] |= cells
+        for name, cells in zip(names, held, strict=True):
+            rows[own.index(name) if name in own else len(own)] |= cells
         return rows
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .bank.identity import identity_of
 from .call import Row
 from .controls.base import Control
 from .errors import ControlError, SilentControlError, UnsupportedModelError
@@ -254,6 +255,7 @@ class Engine:
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
+        self._check_banks(acting, moment)
         counts = Counter(row.branch for row, _ in acting)
         rows = [self.stack.line(row, seats, counts[row.branch], moment) for row, seats in acting]
         if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
@@ -276,7 +278,7 @@ class Engine:
             texts = self._texts.make(self.stack, self.family.text(arguments), variants, appended, self._embeds)
             arguments = self.family.append_text(arguments if position is None else position(arguments, slots), texts)
         host = self._host(device)
-        acts = self.stack.acts(variants, device, present, host)
+        acts = self._placed(self.stack.acts(variants, device, present, host), moment)
         if any(watching):
             if is_compiled(self.model):
                 raise UnsupportedModelError(
@@ -284,7 +286,8 @@ class Engine:
                     "compiled, or on a copy that is not."
                 )
             made = functools.partial(self.stack.acts, device=device, present=present, host=host)
-            acts = watched(acts, self.layers, self.stack.seats, variants, watching, made, moment, device)
+            own = [row for row, _ in acting]
+            acts = watched(acts, self.stack, own, variants, watching, made, moment, device, lambda: self._identity)
         self._warn_of_masks(acts)
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
@@ -293,6 +296,27 @@ class Engine:
         took_part = [(row, (*on, *eyes)) for (row, on), eyes in zip(acting, watching, strict=True)]
         self._pending = (acts, moment, left_out, took_part)
         return arguments
+
+    def _check_banks(self, acting: Sequence[tuple[Row, tuple[int, ...]]], moment: Moment) -> None:
+        """Whether rows can read the banks that they are to read."""
+        for row, seats in dict.fromkeys((row.branch, seats) for row, seats in acting):
+            for bank in self.stack.banks(seats):
+                bank.check(self._identity, moment, row)
+                if is_compiled(self.model):
+                    raise UnsupportedModelError(
+                        "A bank cannot be read inside compiled code, whose keys change at every step. Read it before "
+                        "the model or its blocks are compiled, or on a copy that is not."
+                    )
+
+    @functools.cached_property
+    def _identity(self) -> Mapping[str, str]:
+        """Which model this is; told anew when controls come or go."""
+        return identity_of(self.model)
+
+    @staticmethod
+    def _placed(acts: Acts, moment: Moment) -> Acts:
+        """The acts with what they read of banks at this moment."""
+        return {name: (act.at(name, moment) if act.stored else act, seats) for name, (act, seats) in acts.items()}
 
     def _host(self, device: torch.device) -> Host:
         """What plans may count on; the CPU has nothing to gain from it."""
@@ -336,7 +360,7 @@ class Engine:
         batch = self.family.batch and self._place.batch(arguments, [entry.pipe for entry in self.entries])
         if batch:
             return batch
-        if self.tap.branch is not None or all(seat.control.branch == "all" for seat in self.stack.seats):
+        if self.tap.branch is not None or not self.stack.needs_branches():
             return (None,)
         return (self._place.branch_by_text(arguments, scheduler),)
 
@@ -359,6 +383,7 @@ class Engine:
     def _forget(self) -> None:
         """What caches keep is of other controls than those to come."""
         self._acted, self._last = {}, None
+        self.__dict__.pop("_identity", None)
         self.tap.reset_caches()
 
     def _warn_of_masks(self, acts: Acts) -> None:

@@ -30,7 +30,7 @@ from .stack import Stack
 from .tap import stand_in_notes
 from .variants import Line, Variant
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "explain", "grid_of"]
 
 _CPU = torch.device("cpu")
 
@@ -125,7 +125,7 @@ def explain(
     stack = Stack(whole, family.layers(model), family.presets)
     selected = {name for seat in stack.seats for name in seat.layers}
     notes = list(stand_in_notes([layer for layer in stack.layers if layer.name in selected]))
-    size = grid or _grid(pipe, family, width, height)
+    size = grid or grid_of(pipe, family, width, height)
     frames = family.arrange(model, Measures(text_tokens, size, tuple(references)))
     levels = tuple(sigmas) if sigmas is not None else tuple(1 - i / steps for i in range(steps))
     if sigmas is None and any(not isinstance(control.window, tuple) for control in whole):
@@ -154,7 +154,8 @@ def _active(stack: Stack, moment: Moment, branch: str) -> tuple[int, ...]:
     return tuple(sorted({*stack.active(moment, branch), *(n for seats in beside.values() for n in seats)}))
 
 
-def _grid(pipe: Any, family: Family, width: int | None, height: int | None) -> Grid:
+def grid_of(pipe: Any, family: Family, width: int | None, height: int | None) -> Grid:
+    """(rows, columns) of image tokens of a picture of so many pixels, 1024 where left out."""
     # the usual autoencoders shrink by 8
     token = family.pixels_per_token * getattr(pipe, "vae_scale_factor", 8) // 8
     return (height or 1024) // token, (width or 1024) // token

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 _NEW_FILE_MODE = 0o666  # before the process's umask
 
 
-def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Put `data` at `path`, making the folders above it.
+def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a file that then stands at `path`, making the folders above it.
 
     A reader sees the old file or the whole new one, never a part; after a failure the old file is untouched and no
     temporary file stays. An existing file keeps its permissions.
+
+    Args:
+        path: Of the file.
+        write: Called with the path of an empty file in the same folder.
 
     Returns:
         The path written.
@@ -31,11 +35,10 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), _NEW_FILE_MODE)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _NEW_FILE_MODE))
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o7777)
@@ -44,6 +47,11 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Put `data` at `path`; whole or not at all, see `write_file`."""
+    return write_file(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_text(path: str | Path, text: str) -> Path:

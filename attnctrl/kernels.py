@@ -210,7 +210,7 @@ def _meet_dispatched(frame: list[Any], name: str, original: Callable[..., Tensor
     act, mask, scale = frame[0], call.get("attn_mask"), call.get("scale")
     query, key, value = (call[part].transpose(1, 2) for part in ("query", "key", "value"))
     for probe in act.probes:
-        probe.look(query, key, mask, kernel, scale)
+        probe.look(query, key, value, mask, kernel, scale)
     return act.run(query, key, value, mask, kernel, scale).transpose(1, 2) if act.parts else original(**call)
 
 
@@ -259,7 +259,7 @@ def _met_functional() -> types.ModuleType:
 
         act, scale = _scope.frames[-1][0], call.get("scale")
         for probe in act.probes:
-            probe.look(query, key, attn_mask, kernel, scale)
+            probe.look(query, key, value, attn_mask, kernel, scale)
         if act.parts:
             return act.run(query, key, value, attn_mask, kernel, scale)
         return original(query, key, value, attn_mask, *args, **call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -196,9 +196,9 @@ class Frame:
     def __contains__(self, name: str) -> bool:
         return name in self.queries or name in self.keys
 
-    def with_shared(self, pictures: Sequence[int]) -> Frame:
-        """The frame in which keys of other pictures of the batch come behind the own ones, as "shared.<n>"."""
-        more = [(f"shared.{n}", len(self.keys["image"]), self.keys["image"].grid) for n in pictures]
+    def with_shared(self, tokens: Mapping[int, int]) -> Frame:
+        """The frame in which so many keys of other pictures come behind the own ones, as "shared.<n>"."""
+        more = [(f"shared.{n}", count, None) for n, count in tokens.items()]
         sized = [(item.name, len(item), item.grid) for item in self.keys.ranges]
         return Frame(self.queries, Layout(_consecutive([*sized, *more])))
 

@@ -155,11 +155,13 @@ def _entry_problems(entry: Mapping[str, Any], place: str, placed: bool) -> list[
 
 def _parameters(cls: type[Control]) -> dict[str, Any]:
     """Name and type of every parameter that a scene may give to a control."""
+    from attnctrl.controls.base import CODE_ONLY
+
     hints = get_type_hints(cls)
     return {
         item.name: _AS_WRITTEN.get(item.name, hints[item.name])
         for item in dataclasses.fields(cls)
-        if item.name != REGIONS
+        if item.name != REGIONS and CODE_ONLY not in item.metadata
     }
 
 

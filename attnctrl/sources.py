@@ -1,4 +1,4 @@
-"""Keys and values of other pictures of a batch, which rows read besides their own.
+"""Keys and values of other pictures, which rows read besides their own: pictures of the batch, or those of a bank.
 
 They come behind a row's own keys, compact: only tokens that somebody reads. Keys have been rotated where they stand in
 their own picture; a move turns them on, as if they stood elsewhere.
@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .bank import Bank, Entry
 from .execute import Pass
 from .execute.tokens import TokenSet, token_set
 from .layout import TokenRange
 from .rotary import Rotary
+from .schedule import Moment
 from .visibility import Visibility
 
-__all__ = ["Move", "Sources", "compacted"]
+__all__ = ["Move", "Rows", "Sources", "Stored", "compacted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +47,10 @@ class Sources:
     """What a set of rows reads of others.
 
     Attributes:
-        rows: int64 [rows, sources], the row of the batch that each source of each row is.
-        tokens: of each source, those of the layer's key tokens that are read.
+        tokens: of each source, those that are read.
         moves: of each source, where its keys are taken to; None leaves them.
     """
 
-    rows: Tensor
     tokens: tuple[TokenSet, ...]
     moves: tuple[Move | None, ...]
 
@@ -71,16 +71,66 @@ class Sources:
         mask = own[2]
         if mask is not None and mask.shape[3] > 1:
             mask = torch.nn.functional.pad(mask, (0, self.count), value=mask.dtype == torch.bool)
-        return self._behind(own[0], key, moved=True), self._behind(own[1], value, moved=False), mask
-
-    def _behind(self, own: Tensor, states: Tensor, *, moved: bool) -> Tensor:
-        parts = [own]
+        keys, values = [own[0]], [own[1]]
         for number, (tokens, move) in enumerate(zip(self.tokens, self.moves, strict=True)):
             if not tokens.count:
                 continue
-            part = tokens.take(states)[self.rows[:, number]]
-            parts.append(move.rotary.turn(part, move.shift) if moved and move is not None else part)
-        return torch.cat(parts, dim=2)
+            more, theirs = self._states(number, key, value, len(own[0]))
+            keys.append(more if move is None else move.rotary.turn(more, move.shift))
+            values.append(theirs)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2), mask
+
+    def _states(self, number: int, key: Tensor, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, H, tokens, D] of a source."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Sources):
+    """Other rows of the batch; `tokens` are those of the layer's key tokens.
+
+    Attributes:
+        rows: int64 [rows, sources], the row of the batch that each source of each row is.
+    """
+
+    rows: Tensor
+
+    def _states(self, number: int, key: Tensor, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        tokens, at = self.tokens[number], self.rows[:, number]
+        return tokens.take(key)[at], tokens.take(value)[at]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Sources):
+    """Pictures of a bank, the same for all rows; `tokens` are those of the tokens that it holds of each.
+
+    Attributes:
+        bank: where they are.
+        branch: of the rows.
+        layer, step: where a forward stands; see `at`.
+    """
+
+    bank: Bank
+    branch: str
+    layer: str = ""
+    step: int = -1
+
+    def at(self, layer: str, moment: Moment) -> Stored:
+        """The same for a layer of a forward.
+
+        Raises:
+            ControlError, ScheduleError: when the bank holds no keys for it.
+        """
+        made = replace(self, layer=layer, step=self.bank.kept_step(moment.step))
+        self.bank.check_entries(made._entry(number) for number, tokens in enumerate(self.tokens) if tokens.count)
+        return made
+
+    def _entry(self, number: int) -> Entry:
+        return Entry(self.layer, self.step, self.branch, number)
+
+    def _states(self, number: int, key: Tensor, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        states = self.tokens[number].take(self.bank.entries[self._entry(number)].opened(key))
+        return states[:1].expand(rows, -1, -1, -1), states[1:].expand(rows, -1, -1, -1)
 
 
 def compacted(passes: Sequence[Pass], own: int, lengths: Sequence[int]) -> tuple[list[Pass], list[Tensor]]:

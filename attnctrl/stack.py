@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .bank import Bank, checked_branch
 from .call import Act, Row, Situation, build_plan
 from .controls.base import Control
 from .declared import Declared, nth
@@ -18,11 +20,11 @@ from .groups import Words
 from .guidance import Guide
 from .layout import Frames, Slots, Span
 from .output import Output, RowOutputs
-from .region import Region
+from .region import Region, by
 from .rotary import Rotary
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
-from .sources import Move, Sources
+from .sources import Move, Rows, Sources, Stored
 from .variants import Line, Variant, make_variants
 
 __all__ = ["Acts", "Presence", "Seat", "Stack"]
@@ -86,17 +88,14 @@ class Stack(Declared):
                     f"'{seat.control.name}' needs regions, but it has none and no control of the stack declares any. "
                     "Give it regions=[...], or attach it together with Regions([...])."
                 )
-            if seat.control.follows and not any(one.layers & seat.layers for one in self._sharing()):
+            if seat.control.follows and not any(one.control.shares and one.layers & seat.layers for one in self.seats):
                 raise ControlError(
                     f"'{seat.control.name}' changes what pictures share, but no control of the stack shares anything "
                     "in its layers. Attach it together with Share(...)."
                 )
-        self._situations: dict[tuple[Variant, str, tuple[int, ...]], Situation] = {}
+        self._situations: dict[tuple[Variant, str, tuple[int, ...], Bank | None], Situation] = {}
         self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], Planned] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
-
-    def _sharing(self) -> list[Seat]:
-        return [seat for seat in self.seats if seat.control.shares]
 
     def active(self, moment: Moment, branch: str | None, observing: bool = False) -> tuple[int, ...]:
         """Numbers of the seats that act now; of those that only observe, if `observing`.
@@ -142,15 +141,29 @@ class Stack(Declared):
     def needs_position(self) -> bool:
         """Some window depends on where in the run a forward stands, or somebody counts steps."""
         controls = [seat.control for seat in self.seats]
-        return any(one.observes or one.draws or not is_full(one.window) for one in controls)
+        return any(one.observes or one.draws or one.names_branches or not is_full(one.window) for one in controls)
+
+    def needs_branches(self) -> bool:
+        """Somebody must know of each row which guidance branch it is."""
+        controls = [seat.control for seat in self.seats]
+        return any(one.branch != "all" or one.names_branches for one in controls)
 
     def line(self, row: Row, active: tuple[int, ...], images: int, moment: Moment) -> Line:
         """What is told of a row of a branch of so many rows, in which these seats act."""
-        controls = [self.seats[index].control for index in active]
-        if not any(one.shares for one in controls):
+        sharing = [one for index in active if (one := self.seats[index].control).shares]
+        if not sharing:
             return Line(row.sample, active)
-        draws = any(one.draws for one in controls)
-        return Line(row.sample, active, row.image, images, 1 + (moment.step or 0) if draws else 0)
+        banks = tuple(one.recalls.version for one in sharing if one.recalls is not None)
+        stored = (checked_branch(row.branch), banks) if banks else None
+        draw = 1 + (moment.step or 0) if any(one.draws for one in sharing) else 0
+        # rows that read banks alone read the same
+        place = (0, 1) if len(banks) == len(sharing) else (row.image, images)
+        return Line(row.sample, active, *place, draw, stored)
+
+    def banks(self, active: Sequence[int]) -> tuple[Bank, ...]:
+        """The banks that rows read in which these seats act."""
+        found = (self.seats[index].control.recalls for index in active)
+        return tuple(bank for bank in found if bank is not None)
 
     def texts(self, scene: int, active: Sequence[int]) -> list[tuple[int, Region]]:
         """(number, region) for which tokens are appended when these seats act; regions of strength 0 are not there."""
@@ -196,43 +209,60 @@ class Stack(Declared):
             ]
         return make_variants(frames, lines, texts, aligned)
 
-    def situation(self, variant: Variant, frame: str, reads: tuple[int, ...] = ()) -> Situation:
-        """What controls are told about a variant in the layers of a frame in which it reads the pictures `reads`; built
-        once.
+    def situation(
+        self, variant: Variant, frame: str, reads: tuple[int, ...] = (), bank: Bank | None = None
+    ) -> Situation:
+        """What controls are told about a variant in the layers of a frame in which it reads the pictures `reads` of the
+        batch, or of a bank; built once.
 
         Raises:
             LayoutError: when a region is bound to a reference that the forward does not hold.
+            ControlError: when the bank holds nothing of the frame.
         """
-        key = (variant, frame, reads)
+        key = (variant, frame, reads, bank)
         if key not in self._situations:
             _make_room(self._situations)
             regions, line = self.regions(variant.scene), variant.line
             _check_references(regions, variant.frames)
             seen = variant.frames[frame]
             member = self.member(variant.scene, seen.grid)
-            shared = {n: self.of_other(variant.scene, n * self.scenes // line.images, seen.grid) for n in reads}
-            others = {n: self.regions(n * self.scenes // line.images) for n in reads}
-            self._situations[key] = Situation(
-                seen.with_shared(reads) if reads else seen, regions, member, self._words(variant), shared, others, line
-            )
+            others: dict[int, tuple[Region, ...]] = {}
+            if bank is None:
+                scenes = {n: n * self.scenes // line.images for n in reads}
+                shared = {n: self.of_other(variant.scene, scene, seen.grid) for n, scene in scenes.items()}
+                others = {n: self.regions(scene) for n, scene in scenes.items()}
+            else:
+                held = bank.held(frame)
+                shared = {n: self.of_names(variant.scene, held[n].names, held[n].member) for n in reads}
+            whole = seen.with_shared({n: who.shape[1] for n, who in shared.items()}) if reads else seen
+            words, stored = self._words(variant), bank is not None
+            self._situations[key] = Situation(whole, regions, member, words, shared, others, stored, line)
         return self._situations[key]
 
     def reads(self, variant: Variant, frame: str, acting: Sequence[int]) -> tuple[int, ...]:
-        """The other pictures of the batch that a variant reads in layers of a frame in which these seats act.
+        """The other pictures that a variant reads in layers of a frame in which these seats act: numbers in the batch,
+        or in the bank.
 
         Raises:
             ControlError: when two controls share pictures.
         """
         seen, line = variant.frames[frame], variant.line
-        if line.images == 1 or "image" not in seen.queries or "image" not in seen.keys:
+        control = self._sharing(acting)
+        if control is None or "image" not in seen.queries or "image" not in seen.keys:
             return ()
+        if control.recalls is not None:
+            return tuple(range(control.recalls.pictures)) if line.stored else ()
+        return tuple(sorted(control.reads(line.image, line.images)))
+
+    def _sharing(self, acting: Sequence[int]) -> Control | None:
+        """The control by which pictures are shared in layers in which these seats act."""
         controls = [self.seats[i].control for i in acting if self.seats[i].control.shares]
         if len(controls) > 1:
             raise ControlError(
                 f"{' and '.join(one.name for one in controls)} both share pictures in one layer; give them layers, "
                 "windows or branches of their own, or keep one of them."
             )
-        return tuple(sorted(n for control in controls for n in control.reads(line.image, line.images)))
+        return controls[0] if controls else None
 
     def _words(self, variant: Variant) -> Words:
         """What the tokens of the prompt are to the controls that act; other branches may have another prompt."""
@@ -266,7 +296,9 @@ class Stack(Declared):
         if key not in self._plans:
             _make_room(self._plans)
             controls = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
-            situation = self.situation(variant, frame, self.reads(variant, frame, acting))
+            reads, sharing = self.reads(variant, frame, acting), self._sharing(acting)
+            bank = sharing.recalls if reads and sharing is not None else None
+            situation = self.situation(variant, frame, reads, bank)
             self._plans[key] = build_plan(situation, controls, hidden, device, host)
         return self._plans[key]
 
@@ -279,19 +311,35 @@ class Stack(Declared):
         device: torch.device,
         host: Host,
     ) -> Sources | None:
-        """What the rows of a variant read of other pictures in a layer."""
-        tokens = self._planned(variant, frame, acting, device, host)[1]
-        if not tokens:
+        """What the rows of a variant read of other pictures in a layer.
+
+        Raises:
+            ControlError: when keys of a bank would have to move on another grid than theirs.
+        """
+        tokens, sharing = self._planned(variant, frame, acting, device, host)[1], self._sharing(acting)
+        if not tokens or sharing is None:
             return None
-        reads, image = self.reads(variant, frame, acting), variant.line.image
-        situation = self.situation(variant, frame, reads)
-        image_keys = situation.frame.keys["image"]
+        reads, line, bank = self.reads(variant, frame, acting), variant.line, sharing.recalls
+        situation = self.situation(variant, frame, reads, bank)
         made = [self._move(situation, other, acting) for other in reads]
-        moves = [
-            None if one is None else one.to(device).of(mine, image_keys) for one, mine in zip(made, tokens, strict=True)
-        ]
-        at = torch.tensor([[row - image + other for other in reads] for row in rows], device=device)
-        return Sources(at, tokens, tuple(moves))
+        if bank is None:
+            image = situation.frame.keys["image"]
+            moves = tuple(
+                None if move is None else move.to(device).of(mine, image)
+                for move, mine in zip(made, tokens, strict=True)
+            )
+            at = torch.tensor([[row - line.image + other for other in reads] for row in rows], device=device)
+            return Rows(tokens, moves, at)
+        grid = situation.frame.grid
+        for held, move in zip(bank.held(frame), made, strict=True):
+            if move is not None and held.grid != grid:
+                raise ControlError(
+                    f"'{sharing.name}': pictures of the bank have a grid of {by(held.grid)} tokens and this one "
+                    f"{by(grid or ())}, so they do not stand side by side. Leave positions='keep', or capture this "
+                    "size."
+                )
+        moves = tuple(None if move is None else move.to(device) for move in made)
+        return Stored(tokens, moves, bank, line.stored[0] if line.stored else "")
 
     def _move(self, situation: Situation, other: int, acting: tuple[int, ...]) -> Move | None:
         controls = [self.seats[i].control for i in acting]
@@ -312,6 +360,11 @@ class Stack(Declared):
         situation = self.situation(variant, layer.frame)
         made = (control.output(situation, self.own(control, variant.scene), layer) for control in asked)
         return tuple(one for one in made if one is not None)
+
+    def holders(self, variant: Variant, frame: str) -> tuple[tuple[str, ...], Tensor]:
+        """(names of the regions of a variant's scene, bool [regions, image tokens]: who holds each token)."""
+        names = tuple(region.label for region in self.regions(variant.scene))
+        return names, self.member(variant.scene, variant.frames[frame].grid)
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
         """Regions whose text is in the sequence while no control of a layer shows it."""

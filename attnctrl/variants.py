@@ -21,6 +21,7 @@ class Line:
         image: its place among the rows of its branch, and `images`, how many these are; 0 of 1 where nobody reads other
             pictures, so that rows stay alike.
         draw: number of the draw of random tokens; 0 where there is none.
+        stored: (branch, versions of the banks) of rows that read banks; None where they read none.
     """
 
     scene: int
@@ -28,6 +29,7 @@ class Line:
     image: int = 0
     images: int = 1
     draw: int = 0
+    stored: tuple[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)

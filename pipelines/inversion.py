@@ -194,7 +194,9 @@ class Inverter(Wrapper):
         settings = self.completed(settings)
         path: list[Tensor] = []
         route = flow_route if self.adapter.flow else diffusion_route
-        with begun(self.pipe, self.adapter, self._arguments(settings, size, len(start)), settings.guidance) as denoiser:
+        with begun(
+            self.pipe, self.adapter, self.call_arguments(settings, size, len(start)), settings.guidance
+        ) as denoiser:
             sigmas, latents_at = route(denoiser, settings, start, clean)
             for done, latents in enumerate(latents_at):
                 path.append(latents.to(device=keep or latents.device, dtype=torch.float32))
@@ -204,7 +206,7 @@ class Inverter(Wrapper):
         record = {"model": self.identity, "pipeline": stock_name(self.pipe, self.runs_on)}
         return path, sigmas, {**record, "settings": told, "size": list(size)}
 
-    def _arguments(self, settings: InversionSettings, size: Size, count: int) -> dict[str, Any]:
+    def call_arguments(self, settings: InversionSettings, size: Size, count: int) -> dict[str, Any]:
         """What the pipeline is called with; those of them that it does not have are left out."""
         accepted = signature(self.pipe.__call__).parameters
         distilled = "true_cfg_scale" in accepted

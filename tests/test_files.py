@@ -84,15 +84,12 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_target_alone(tmp_path, exist
     script = f"""
         import os, signal
         from attnctrl import files
-        fdopen = os.fdopen
-        class Half:
-            def __init__(self, file): self.file = file
-            def __enter__(self): return self
-            def __exit__(self, *_): self.file.close()
-            def write(self, data):
-                self.file.write(data[: len(data) // 2]); self.file.flush()
+        def half(path, data):
+            with path.open("wb") as file:
+                file.write(data[: len(data) // 2])
+                file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-        files.os.fdopen = lambda *a: Half(fdopen(*a))
+        files.Path.write_bytes = half
         files.write_bytes({str(path)!r}, b"n" * 100_000)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)

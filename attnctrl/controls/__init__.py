@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import CONTROLS, Control
 from .isolation import Isolate
+from .keep import Keep
 from .lamic import GroupIsolation, RegionModulation
 from .perturb import Perturb
 from .region import OpenTexts, Regions
@@ -15,6 +16,7 @@ __all__ = [
     "Control",
     "GroupIsolation",
     "Isolate",
+    "Keep",
     "OpenTexts",
     "Perturb",
     "RegionModulation",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from ..bank import Bank
 from ..call import Blend, Probe, Situation
 from ..errors import ControlError
 from ..guidance import Guide
@@ -20,11 +21,13 @@ from ..sources import Move
 from ..visibility import Visibility
 from ..watch import View
 
-__all__ = ["CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
+__all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
 
 Branch = Literal["cond", "uncond", "all", "perturbed"]
 Scenes = tuple[tuple[Region, ...], ...]
 
+CODE_ONLY = "code_only"
+"""In the metadata of a field: it is given in code, and is no part of documents."""
 CONTROLS: dict[str, type[Control]] = {}
 """All registered controls by name."""
 
@@ -52,7 +55,7 @@ class Control:
     appends_text: ClassVar[bool] = False
     """The texts of its regions are appended to the model's text sequence while the control acts."""
     shares: ClassVar[bool] = False
-    """Rows read keys and values of other pictures of the batch while it acts, see `reads`."""
+    """Rows read keys and values of other pictures while it acts, see `reads` and `recalls`."""
     follows: ClassVar[bool] = False
     """It changes what others share, and acts where they do, see `move`."""
     observes: ClassVar[bool] = False
@@ -125,6 +128,16 @@ class Control:
         """The other pictures, of `images` in the branch, that picture `image` reads; of sharing controls alone."""
         return ()
 
+    @property
+    def recalls(self) -> Bank | None:
+        """The bank whose pictures are read in place of those of the batch; of sharing controls alone."""
+        return None
+
+    @property
+    def names_branches(self) -> bool:
+        """It must know of each row which guidance branch it is, also with branch="all"."""
+        return self.recalls is not None
+
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
         """Where the keys of another picture that is read are taken to; None leaves them where they stand."""
         return None
@@ -139,6 +152,10 @@ class Control:
         data: dict[str, Any] = {"name": self.name}
         for item in fields(self):
             value, default = getattr(self, item.name), item.default
+            if value != default and CODE_ONLY in item.metadata:
+                raise ControlError(
+                    f"'{self.name}' holds {item.name}={value!r}, which is not written to documents; give it in code."
+                )
             if value != default:
                 data[item.name] = window_to_json(value) if item.name == "window" else _to_json(value)
         return data
@@ -157,7 +174,7 @@ class Control:
                 f"There is no control named {name!r}.{_nearest(str(name), CONTROLS)} Known: {', '.join(CONTROLS)}."
             )
         cls = CONTROLS[name]
-        known = [item.name for item in fields(cls)]
+        known = [item.name for item in fields(cls) if CODE_ONLY not in item.metadata]
         for key in values:
             if key not in known:
                 raise ControlError(f"'{name}' has no field '{key}'.{_nearest(key, known)} Fields: {', '.join(known)}.")

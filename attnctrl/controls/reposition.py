@@ -63,7 +63,7 @@ class Reposition(Control):
         self._check_choice("fit", Fit)
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
-        if self.mode != "rope":
+        if self.mode != "rope" or situation.stored:
             return None
         if rotary is None or not {"y", "x"} <= set(rotary.axes):
             raise UnsupportedModelError(
@@ -84,6 +84,11 @@ class Reposition(Control):
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
             return None
+        if situation.stored:
+            raise ControlError(
+                f"'{self.name}' moves subjects of pictures of the batch, and where those of a bank stood is not "
+                "known. Leave it out, or draw the pictures in one batch."
+            )
         if not situation.regions:
             raise ControlError(
                 f"'{self.name}' moves subjects, but no control of the stack declares regions, so nothing tells where "

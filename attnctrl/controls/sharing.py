@@ -1,4 +1,4 @@
-"""Pictures of a batch that read each other: one operator for consistent subjects, scenes and styles.
+"""Pictures that read each other, or those of a bank: one operator for consistent subjects, scenes and styles.
 
 After the shared attention of ConsiStory (arXiv 2402.03286), StoryDiffusion (arXiv 2405.01434), IR-Diffusion (arXiv
 2411.19261) and SceneDecorator (arXiv 2510.22994), which differ in whose tokens are read, by whom, and when.
@@ -12,13 +12,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from ..bank import Bank
 from ..call import Situation
 from ..errors import ControlError, UnsupportedModelError
 from ..groups import Group
 from ..rotary import Rotary
 from ..sources import Move
 from ..visibility import Visibility, compose
-from .base import Branch
+from .base import CODE_ONLY, Branch
 from .regional import Regional
 
 __all__ = ["Positions", "Queries", "Readers", "Share", "Tokens"]
@@ -41,6 +42,9 @@ class Share(Regional):
     Which tokens T_j are those of subjects is told by regions: its own, or those that other controls of the stack
     declare; subjects of different pictures are the same where their regions have the same name (prompt, if none).
 
+    With a bank the others are the pictures that `Keep` captured in another run, as if they were the anchors of the
+    batch: the pictures of the batch read them alone.
+
     Attributes:
         readers: "all" read each other; with "anchors" the first `anchors` pictures of each group read each other, and
             all others read them alone.
@@ -56,6 +60,8 @@ class Share(Regional):
             "apart" side by side, the n-th to the right of n - 1 others, so that positions do not collide (AlignedGen,
             arXiv 2509.17088).
         seed: of the draws.
+        bank: whose pictures are read in place of those of the batch. For the same model and noise levels, with the
+            layers, steps and branches that it holds.
     """
 
     name: ClassVar[str] = "share"
@@ -71,6 +77,7 @@ class Share(Regional):
     positions: Positions = "keep"
     seed: int = 0
     branch: Branch = field(default="all", kw_only=True)
+    bank: Bank | None = field(default=None, kw_only=True, metadata={CODE_ONLY: True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +92,11 @@ class Share(Regional):
                 raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
         if not 0 < self.ratio <= 1:
             raise ControlError(f"'{self.name}': ratio must be in (0, 1]; found {self.ratio}.")
+        if self.bank is not None and (self.readers, self.group) != ("all", None):
+            raise ControlError(
+                f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
+                "group say nothing. Leave them out."
+            )
 
     @property
     def is_idle(self) -> bool:
@@ -93,6 +105,10 @@ class Share(Regional):
     @property
     def draws(self) -> bool:
         return self.ratio < 1
+
+    @property
+    def recalls(self) -> Bank | None:
+        return self.bank
 
     def reads(self, image: int, images: int) -> tuple[int, ...]:
         first = 0 if self.group is None else image // self.group * self.group
@@ -115,10 +131,18 @@ class Share(Regional):
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
             return None
-        if (self.tokens, self.queries) != ("all", "all") and not situation.regions:
+        # the tokens of a bank bring the names of their subjects
+        named = situation.regions if self.bank is None else self.bank.names
+        if (self.tokens != "all" and not named) or (self.queries != "all" and not situation.regions):
             raise ControlError(
                 f"'{self.name}' shares tokens of subjects, but no control of the stack declares regions, so nothing "
-                "tells which these are. Give it regions=[...], one list per picture, or tokens='all', queries='all'."
+                "tells which these are. Give it (or Keep, for a bank) regions=[...], one list per picture, or "
+                "tokens='all', queries='all'."
+            )
+        if situation.stored and self.bank is not None and self.bank.tokens not in ("all", self.tokens):
+            raise ControlError(
+                f"'{self.name}' reads tokens='{self.tokens}', but the bank keeps tokens='{self.bank.tokens}' alone. "
+                "Give Share the tokens that Keep had, or keep 'all'."
             )
         table = situation.tabulate(self._sees)
         return table if self.ratio == 1 else compose(table, self._drawn(situation))

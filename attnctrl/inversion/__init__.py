@@ -11,13 +11,14 @@ The records of editing (values per interval, stage and layer) are to be keyed by
 
 from .ddim import Level, walk_ddim
 from .flow import FLOW_STEPS, Evaluation, evaluations, fading, pulled, walk
-from .noised import diffusion_shares, flow_shares, noised, odds_map
+from .noised import Map, diffusion_shares, flow_shares, noised, odds_map
 from .trajectory import Trajectory
 
 __all__ = [
     "FLOW_STEPS",
     "Evaluation",
     "Level",
+    "Map",
     "Trajectory",
     "diffusion_shares",
     "evaluations",

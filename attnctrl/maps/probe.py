@@ -87,7 +87,9 @@ class LayerProbe:
     put: Callable[[Tensor], None]
 
     @torch.no_grad()
-    def look(self, query: Tensor, key: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None) -> None:
+    def look(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
+    ) -> None:
         """Read one call.
 
         Raises:

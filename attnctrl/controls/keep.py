@@ -1,0 +1,181 @@
+"""Capture of keys and values: a run whose pictures later runs read, with `Share(bank=...)`.
+
+The anchors of ConsiStory (arXiv 2402.03286, "anchor cache") and the id images of StoryDiffusion (arXiv 2405.01434,
+"id bank"), which keep the inputs of their layers; here keys and values are kept, of the tokens alone that will be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..bank import Bank, Entry, Held, checked_branch
+from ..call import Probe
+from ..errors import ControlError, LayoutError, PlanError, ScheduleError
+from ..execute import Kernel
+from ..layout import Frame
+from ..region import Grid
+from ..select import Layer
+from ..watch import View
+from .base import CODE_ONLY, Branch
+from .regional import Regional
+from .sharing import Tokens
+
+if TYPE_CHECKING:
+    from ..bank.size import Need
+
+__all__ = ["Keep", "held_of", "is_kept_layer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Keep(Regional):
+    """Keeps keys and values of image tokens in a bank; the model's output stays what it is, bit for bit.
+
+    They are kept where image tokens read image tokens, as the kernel gets them. Which tokens are those of subjects is
+    told by regions: its own, or those that other controls of the stack declare; their names are kept.
+
+    Attributes:
+        bank: where they are kept; filled by one run.
+        tokens: which image tokens: "all", those of subjects, or those of no subject.
+        pictures: the first so many of each branch; None keeps all.
+        every: every so many steps of the run, from the first on; they stand for the steps that follow them.
+    """
+
+    name: ClassVar[str] = "keep"
+    observes: ClassVar[bool] = True
+
+    bank: Bank = field(kw_only=True, metadata={CODE_ONLY: True})
+    tokens: Tokens = field(default="all", kw_only=True)
+    pictures: int | None = field(default=None, kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    branch: Branch = field(default="all", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("tokens", Tokens)
+        if not isinstance(self.bank, Bank):
+            raise ControlError(f"'{self.name}': bank must be a Bank; found {type(self.bank).__name__}.")
+        for name in ("pictures", "every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ControlError(f"'{self.name}': {name} must be a whole number from 1 on; found {value!r}.")
+
+    @property
+    def names_branches(self) -> bool:
+        return True
+
+    def is_kept(self, step: int) -> bool:
+        """Whether keys of this step are kept, in the window."""
+        return step % self.every == 0
+
+    def predict(self, pipe_or_model: Any, **run: Any) -> Need:
+        """What a run will take in the bank, told before it runs; arguments as of `attnctrl.bank.size.predict`."""
+        from ..bank.size import predict
+
+        return predict(pipe_or_model, self, **run)
+
+    def probes(self, view: View) -> dict[str, Probe]:
+        """A probe for each layer in which image tokens read image tokens.
+
+        Raises:
+            ScheduleError: when the step of the forward is unknown.
+            ControlError: when the bank holds something else, or a branch is unknown.
+        """
+        step = view.moment.step
+        if step is None:
+            raise ScheduleError(
+                f"'{self.name}' keeps keys by step, and the step of this forward cannot be told. Attach to the "
+                "pipeline, or pass scheduler=... after its set_timesteps."
+            )
+        if not self.is_kept(step):
+            return {}
+        rows = [
+            (number, checked_branch(row.branch), row.image)
+            for number, row in enumerate(view.told)
+            if self.pictures is None or row.image < self.pictures
+        ]
+        self.bank.begin(view.identity(), view.moment.sigmas, self.every, self.tokens)
+        held: dict[tuple[str, int], Held] = {}
+        found: dict[str, Probe] = {}
+        for layer in view.layers:
+            if not is_kept_layer(view.frames[0][layer.frame]):
+                continue
+            captures = []
+            for number, branch, image in rows:
+                frame, key = view.frames[number][layer.frame], (layer.frame, number)
+                if key not in held:
+                    names, member = view.holders(number, layer.frame)
+                    held[key] = held_of(self.tokens, frame.keys.grid, names, member)
+                entry = Entry(layer.name, step, branch, image)
+                captures.append(Capture(view.rows.start + number, frame.keys["image"].start, entry, held[key]))
+            found[layer.name] = LayerCapture(self.bank, layer, view.batch, tuple(captures))
+        return found
+
+
+def is_kept_layer(frame: Frame) -> bool:
+    """Image tokens read image tokens there."""
+    return "image" in frame.queries and "image" in frame.keys
+
+
+def held_of(tokens: Tokens, grid: Grid, names: tuple[str, ...], member: Tensor) -> Held:
+    """Which tokens of a picture are kept; `member` bool [regions, image tokens] tells who holds them.
+
+    Raises:
+        LayoutError: when subjects are asked for and there are none.
+    """
+    if tokens != "all" and not names:
+        raise LayoutError(
+            f"'keep' has tokens='{tokens}', but no control of the stack declares regions, so nothing tells which these "
+            "are. Give it regions=[...], one list per picture, or tokens='all'."
+        )
+    subject = member.any(0)
+    wanted = {"all": torch.ones_like(subject), "subject": subject, "background": ~subject}[tokens]
+    index = wanted.nonzero().flatten()
+    return Held(grid, index, names, member[:, index])
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """One row of the batch: its number, where its image begins among the keys, and what is kept of it."""
+
+    row: int
+    begin: int
+    entry: Entry
+    held: Held
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCapture:
+    """Keeps keys and values of one layer in one forward.
+
+    Attributes:
+        bank: where they go.
+        layer: whose they are.
+        batch: number of rows.
+        captures: the rows that are kept.
+    """
+
+    bank: Bank
+    layer: Layer
+    batch: int
+    captures: tuple[Capture, ...]
+
+    @torch.no_grad()
+    def look(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
+    ) -> None:
+        """Keep one call. Raises `PlanError` when its rows or tokens are others than the layout says."""
+        for one in self.captures:
+            end = one.begin + prod(one.held.grid)
+            if key.shape[0] != self.batch or key.shape[2] < end:
+                raise PlanError(
+                    f"'keep' expects {self.batch} rows of {end} keys and more in layer {self.layer.name}, but the "
+                    f"kernel got {key.shape[0]} of {key.shape[2]}: another hook or processor splits the batch or "
+                    "changes the sequence. Leave this layer out of its `layers`."
+                )
+            mine = key[one.row, :, one.begin : end], value[one.row, :, one.begin : end]
+            self.bank.put(one.entry, self.layer.frame, one.held, *mine)

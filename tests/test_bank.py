@@ -1,0 +1,92 @@
+"""Banks: what is read of one is what a joint batch reads, to rounding; what is kept is what the kernel got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bank_tools import PIPES, captured, run
+
+import attnctrl as ac
+from attnctrl.attach import parts_of
+from attnctrl.families import family_of
+
+CAST = [
+    [ac.Region(name="star", box=(0, 0, 0.5, 1)), ac.Region(name="heart", box=(0.5, 0, 1, 1))],
+    [ac.Region(name="heart", box=(0, 0, 0.5, 1))],
+    [ac.Region(name="heart", box=(0.25, 0, 0.5, 1)), ac.Region(name="star", box=(0.5, 0, 1, 1))],
+    [ac.Region(name="star", box=(0, 0.5, 1, 1))],
+]
+CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "drawn": {"ratio": 0.5, "weight": 2.0},
+    "namesakes": {"tokens": "subject", "queries": "same"},
+    "scene": {"tokens": "background", "queries": "background"},
+    "drawn subjects": {"tokens": "subject", "ratio": 0.5, "seed": 3},
+    "window": {"window": (0.3, 1)},
+}
+
+
+@pytest.fixture(params=PIPES, scope="module")
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return PIPES[request.param]()
+
+
+def layers(pipe: Any) -> Any:
+    model = parts_of(pipe)[0]
+    return family_of(model).layers(model)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_recalled_pictures_are_those_of_the_joint_batch(pipe: Any, case: dict[str, Any]) -> None:
+    """C7, S4: anchors and readers in one batch, and the readers of a bank of the anchors, all at once or one by one."""
+    held = [] if case.get("tokens", "all") == "all" else CAST
+    joint = run(pipe, range(4), ac.Share(held, readers="anchors", **case))
+    keep = {name: case[name] for name in ("tokens", "window") if name in case}
+    # the anchors read each other while they are kept
+    bank = captured(pipe, range(2), [ac.Share(held[:2], **case)], regions=held[:2], **keep)
+    both = run(pipe, range(2, 4), ac.Share(held[2:], bank=bank, **case))
+    close(both, joint[2:])
+    close(run(pipe, range(3, 4), ac.Share(held[3:], bank=bank, **case)), joint[3:])
+    assert (run(pipe, range(3, 4)) - joint[3:]).abs().max() > 2e-3
+
+
+def test_moved_keys_are_those_of_the_joint_batch() -> None:
+    pipe = PIPES["flux"]()
+    joint = run(pipe, range(3), ac.Share(readers="anchors", positions="apart"))
+    bank = captured(pipe, range(2), [ac.Share(positions="apart")])
+    close(run(pipe, range(2, 3), ac.Share(bank=bank, positions="apart")), joint[2:])
+    assert (run(pipe, range(2, 3), ac.Share(bank=bank)) - joint[2:]).abs().max() > 1e-4
+    with pytest.raises(ac.ControlError, match="side by side"):
+        run(pipe, range(2, 3), ac.Share(bank=bank, positions="apart"), width=16)
+
+
+def test_capture_changes_nothing_and_keeps_what_the_kernel_got(pipe: Any) -> None:
+    whole = captured(pipe)
+    bank = ac.Bank()
+    assert torch.equal(run(pipe, range(2), ac.Keep(bank=bank, regions=CAST[:2], tokens="subject")), run(pipe, range(2)))
+    assert bank.branches == ("cond", "uncond")
+    assert bank.steps == (0, 1, 2)
+    assert bank.pictures == 2
+    assert bank.entries.keys() == whole.entries.keys()
+    frames = {layer.name: layer.frame for layer in layers(pipe)}
+    for entry, packed in bank.entries.items():
+        held = bank.places[frames[entry.layer], entry.picture]
+        assert torch.equal(packed.states, whole.entries[entry].states[:, :, held.tokens])
+        assert len(held.tokens) == held.grid[0] * held.grid[1] // (1 + entry.picture)
+    assert bank.nbytes == whole.nbytes * 3 // 4
+
+
+def test_perturbed_branches_read_what_was_kept_of_theirs() -> None:
+    pipe = PIPES["flux"]()
+    perturb = ac.Perturb(layers="double", scale=2.0)
+    joint = run(pipe, range(3), [ac.Share(readers="anchors"), perturb], guidance=1.0)
+    bank = captured(pipe, range(2), [ac.Share(), perturb], guidance=1.0)
+    assert bank.branches == ("cond", "perturbed")
+    close(run(pipe, range(2, 3), [ac.Share(bank=bank), perturb], guidance=1.0), joint[2:])
+    assert (run(pipe, range(2, 3), perturb, guidance=1.0) - joint[2:]).abs().max() > 2e-3
