@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
+    from .controls import (
+        Control,
+        GroupIsolation,
+        Isolate,
+        OpenTexts,
+        Perturb,
+        RegionModulation,
+        Regions,
+        Share,
+        ShareStyle,
+    )
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -70,6 +80,7 @@ __all__ = [
     "ScheduleError",
     "SelectionError",
     "Share",
+    "ShareStyle",
     "SharedAttnProcessor",
     "Sigma",
     "SilentControlError",
@@ -96,6 +107,7 @@ _HOMES = {
         "RegionModulation",
         "Regions",
         "Share",
+        "ShareStyle",
     ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .content import RowContents, States, changed
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .execute.tokens import TokenSet
@@ -214,6 +215,7 @@ class Act:
             pictures, stay as they are.
         outputs: what becomes of the executed call, for each set of rows; () leaves it alone.
         sources: of each part, what its rows read of others; () nothing.
+        contents: what becomes of queries, keys and values before, for each set of rows; () leaves them alone.
         probes: what watches that call.
     """
 
@@ -226,15 +228,17 @@ class Act:
         call: int = 0,
         outputs: Sequence[RowOutputs] = (),
         sources: Sequence[Sources | None] = (),
+        contents: Sequence[RowContents] = (),
     ) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
         self.call = call
         self.outputs = tuple(outputs)
+        self.contents = tuple(contents)
         self.sources = tuple(sources) or (None,) * len(self.parts)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
-        told = rows or [rows for rows, *_ in self.outputs if rows is not None]
+        told = rows or [rows for rows, *_ in (*self.outputs, *self.contents) if rows is not None]
         self._rows = sum(map(len, told)) if told else None
 
     def watched(self, probes: Sequence[Probe]) -> Act:
@@ -250,9 +254,9 @@ class Act:
 
     @property
     def explained(self) -> frozenset[str]:
-        """What is done, a line for each plan and output."""
+        """What is done, a line for each plan, content and output."""
         plans = {part.explain() for _, part in self.parts if part is not None}
-        return frozenset(plans | {edit.explain() for *_, edits in self.outputs for edit in edits})
+        return frozenset(plans | {edit.explain() for *_, edits in (*self.contents, *self.outputs) for edit in edits})
 
     @property
     def needs_mask(self) -> bool:
@@ -285,17 +289,17 @@ class Act:
         if mask is not None:
             mask = per_sample(mask, query.shape[0], self.tokens)
         run = partial(_run_part, kernel)
+        own = changed(self.contents, States(query, key, value))
         if self._order is None:
-            out = run(self.parts[0][1], query, key, value, mask, scale)
+            out = run(self.parts[0][1], *own, mask, scale)
         else:
             pieces = []
             for (rows, part), sources in zip(self.parts, self.sources, strict=True):
-                own = key[rows], value[rows], of_rows(mask, rows)
-                pieces.append(
-                    run(part, query[rows], *(own if sources is None else sources.join(own, key, value)), scale)
-                )
+                read = own.key[rows], own.value[rows], of_rows(mask, rows)
+                read = read if sources is None else sources.join(read, key, value)
+                pieces.append(run(part, own.query[rows], *read, scale))
             out = torch.cat(pieces)[self._order]
-        return edited(self.outputs, out, (query, key, value), mask, run, scale)
+        return edited(self.outputs, out, own, (key, value), mask, run, scale)
 
 
 def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:

@@ -22,10 +22,22 @@ __all__ = ["Move", "Sources", "compacted"]
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """Where rotated keys are taken to: `shift` float64 [axes], see `Rotary.turn`."""
+    """What becomes of the keys of others before they are read.
 
-    rotary: Rotary
-    shift: Tensor
+    Attributes:
+        turn: where rotated keys are taken to: (rotary, shift float64 [axes]), see `Rotary.turn`.
+        scale: what they are multiplied by, and so their scores: a temperature, no weight.
+    """
+
+    turn: tuple[Rotary, Tensor] | None = None
+    scale: float = 1.0
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """Keys [B, H, T, D] moved."""
+        if self.turn is not None:
+            rotary, shift = self.turn
+            keys = rotary.turn(keys, shift)
+        return keys if self.scale == 1 else keys * self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +47,7 @@ class Sources:
     Attributes:
         rows: int64 [rows, sources], the row of the batch that each source of each row is.
         tokens: of each source, those of the layer's key tokens that are read.
-        moves: of each source, where its keys are taken to; None leaves them.
+        moves: of each source, what becomes of its keys; None leaves them.
     """
 
     rows: Tensor
@@ -67,7 +79,7 @@ class Sources:
             if not tokens.count:
                 continue
             part = tokens.take(states)[self.rows[:, number]]
-            parts.append(move.rotary.turn(part, move.shift) if moved and move is not None else part)
+            parts.append(move(part) if moved and move is not None else part)
         return torch.cat(parts, dim=2)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from .call import Act, Row, Situation, build_plan
+from .content import Content, RowContents, Standing
 from .controls.base import Control
 from .declared import Declared, nth
 from .errors import ControlError, LayoutError, UnsupportedModelError
@@ -19,7 +21,6 @@ from .guidance import Guide
 from .layout import Frames, Slots, Span
 from .output import Output, RowOutputs
 from .region import Region
-from .rotary import Rotary
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
 from .sources import Sources
@@ -61,7 +62,7 @@ class Stack(Declared):
         controls: idle ones are left out.
         layers: all layers of the model.
         presets: the family's named selectors.
-        rotary: how keys turn with their positions; None where they do not.
+        standing: how queries and keys turn with their positions.
 
     Raises:
         SelectionError: when a control selects no layer.
@@ -70,11 +71,11 @@ class Stack(Declared):
     """
 
     def __init__(
-        self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets, rotary: Rotary | None = None
+        self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets, standing: Standing | None = None
     ) -> None:
         super().__init__(controls)
         self.layers = tuple(layers)
-        self.rotary = rotary
+        self.standing = standing or Standing()
         self.seats = [
             Seat(control, frozenset(layer.name for layer in _selected(layers, control, presets)))
             for control in controls
@@ -277,7 +278,7 @@ class Stack(Declared):
         reads, image = self.reads(variant, frame, acting), variant.line.image
         sharing = next(one for i in acting if (one := self.seats[i].control).shares)
         grid = variant.frames[frame].grid
-        moves = [sharing.move(number, grid, self.rotary) for number in range(len(reads))]
+        moves = [sharing.move(number, grid, self.standing.rotary) for number in range(len(reads))]
         at = torch.tensor([[row - image + other for other in reads] for row in rows], device=device)
         return Sources(at, tokens, tuple(moves))
 
@@ -289,6 +290,19 @@ class Stack(Declared):
             return ()
         situation = self.situation(variant, layer.frame)
         made = (control.output(situation, self.own(control, variant.scene), layer) for control in asked)
+        return tuple(one for one in made if one is not None)
+
+    def contents(
+        self, variant: Variant, layer: Layer, acting: tuple[int, ...], device: torch.device
+    ) -> tuple[Content, ...]:
+        """What becomes of queries, keys and values of a layer in which the seats `acting` act."""
+        controls = [self.seats[i].control for i in acting]
+        asked = [control for control in controls if type(control).content is not Control.content]
+        if not asked:
+            return ()
+        situation = self.situation(variant, layer.frame)
+        places = partial(self.standing.places, variant.frames, layer.frame, device)
+        made = (control.content(situation, layer, places) for control in asked)
         return tuple(one for one in made if one is not None)
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
@@ -310,11 +324,12 @@ class Stack(Declared):
         acts: Acts = {}
         for layer in self.layers:
             acting = tuple(self.acting(variant, layer.name, present) for variant in rows)
-            pairs = zip(rows, acting, strict=True)
+            pairs = list(zip(rows, acting, strict=True))
             outputs = tuple(self.outputs(variant, layer, own) for variant, own in pairs)
-            key = (acting, outputs, layer.frame, layer.call)
+            contents = tuple(self.contents(variant, layer, own, device) for variant, own in pairs)
+            key = (acting, outputs, contents, layer.frame, layer.call)
             if key not in made:
-                made[key] = self._act(rows, acting, outputs, layer, device, host)
+                made[key] = self._act(rows, acting, outputs, contents, layer, device, host)
             found = made[key]
             if found is not None:
                 acts[layer.name] = found
@@ -325,13 +340,14 @@ class Stack(Declared):
         rows: Mapping[Variant, list[int]],
         acting: tuple[tuple[int, ...], ...],
         outputs: tuple[tuple[Output, ...], ...],
+        contents: tuple[tuple[Content, ...], ...],
         layer: Layer,
         device: torch.device,
         host: Host,
     ) -> tuple[Act, frozenset[int]] | None:
         plans = [self.plan(variant, layer.frame, own, device, host) for variant, own in zip(rows, acting, strict=True)]
-        unplanned, unedited = all(plan is None for plan in plans), not any(outputs)
-        if unplanned and unedited:
+        unplanned, unedited, unchanged = all(plan is None for plan in plans), not any(outputs), not any(contents)
+        if unplanned and unedited and unchanged:
             return None
         mine = [None if len(rows) == 1 else torch.tensor(one, device=device) for one in rows.values()]
         # without a plan all rows are one call
@@ -341,8 +357,9 @@ class Stack(Declared):
             for (variant, own), seats in zip(rows.items(), acting, strict=True)
         ]
         edits: Sequence[RowOutputs] = () if unedited else list(zip(mine, plans, sources, outputs, strict=True))
+        changes: Sequence[RowContents] = () if unchanged else list(zip(mine, contents, strict=True))
         tokens = next(iter(rows)).frames[layer.frame].tokens
-        act = Act(parts, tokens, layer.call, edits, () if unplanned else sources)
+        act = Act(parts, tokens, layer.call, edits, () if unplanned else sources, changes)
         return act, frozenset(i for numbers in acting for i in numbers)
 
 

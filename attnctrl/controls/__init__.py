@@ -8,6 +8,7 @@ from .lamic import GroupIsolation, RegionModulation
 from .perturb import Perturb
 from .region import OpenTexts, Regions
 from .sharing import Share
+from .style import ShareStyle
 
 __all__ = [
     "CONTROLS",
@@ -19,4 +20,5 @@ __all__ = [
     "RegionModulation",
     "Regions",
     "Share",
+    "ShareStyle",
 ]

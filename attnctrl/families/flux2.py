@@ -97,4 +97,5 @@ FLUX2 = Family(
     rotary=lambda model: Rotary(
         ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
     ),
+    corner=lambda model, frames: (0.0, 0.0, 0.0, 0.0),
 )
