@@ -127,8 +127,8 @@ FLUX = Family(
     pixels_per_token=16,
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
-    # Seg2Any isolates regions in single blocks 0..18 of 38
-    presets={"single-early": _early, "middle": _middle},
+    # Seg2Any isolates regions in single blocks 0..18 of 38, AlignedGen shares in single blocks
+    presets={"single-early": _early, "middle": _middle, "style": lambda counts: "single"},
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,

@@ -114,12 +114,20 @@ def reposition_values(task: Task, images: Images, plain: Images) -> dict[str, fl
 
 def style_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
     """`set_consistency`: mean cosine of style embeddings over pairs of pictures; `same_style`: share of pairs that are
-    read as one style."""
+    read as one style; `copied`: share of the first picture's told shape and colour that each other picture shows, which
+    is told another shape and colour.
+    """
     readings = [read_picture(image) for image in images]
     return {
         "set_consistency": set_consistency([style_embedding(reading) for reading in readings]),
         "same_style": float(np.mean([_same(a, b) for a, b in combinations(readings, 2)])),
+        "copied": float(np.mean([_copied(task[0].expected, other) for other in readings[1:]])),
     }
+
+
+def _copied(first: Expected, other: Reading) -> float:
+    found = other.subjects
+    return 0.5 * any(one.shape == first.shape for one in found) + 0.5 * any(one.color == first.color for one in found)
 
 
 def _same(a: Reading, b: Reading) -> bool:
@@ -146,7 +154,7 @@ STYLE = Suite(
     sample=sample_style,
     pictures=_pictures,
     values=style_values,
-    better={"set_consistency": "higher", "same_style": "higher"},
+    better={"set_consistency": "higher", "same_style": "higher", "copied": "lower"},
     fidelity=fidelity,
 )
 REPOSITION = Suite(
