@@ -177,7 +177,7 @@ def style_aligned(regions: Any = (), **fields: Any) -> list[Control]:
     Args:
         fields: of `ShareStyle`.
     """
-    return [ShareStyle(**_without_regions(regions, fields))]
+    return _styled("style-aligned", _without_regions(regions, fields))
 
 
 def alignedgen(regions: Any = (), **fields: Any) -> list[Control]:
@@ -190,7 +190,7 @@ def alignedgen(regions: Any = (), **fields: Any) -> list[Control]:
         fields: of `ShareStyle`.
     """
     own = {"layers": "style", "positions": "apart", "scale": 1.1, "texts": True}
-    return [ShareStyle(**{**own, **_without_regions(regions, fields)})]
+    return _styled("alignedgen", {**own, **_without_regions(regions, fields)})
 
 
 def _without_regions(regions: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +211,29 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "style-aligned": style_aligned,
     "alignedgen": alignedgen,
 }
+
+
+STYLES: Mapping[str, Mapping[str, Any]] = {}
+"""By family: what `ShareStyle` does where nobody says."""
+
+
+def style(pipe: Any, **fields: Any) -> list[Control]:
+    """Ours: `ShareStyle` as it was measured best on the embedded model of a pipeline's or model's family.
+
+    Args:
+        fields: of `ShareStyle`, instead of these.
+
+    Raises:
+        ControlError: for an unknown field.
+    """
+    return _styled("style", {**STYLES.get(family_of(parts_of(pipe)[0]).name, {}), **fields})
+
+
+def _styled(name: str, fields: Mapping[str, Any]) -> list[Control]:
+    try:
+        return [ShareStyle(**fields)]
+    except TypeError as error:
+        raise ControlError(f"'{name}': {error}. See attnctrl.ShareStyle.") from error
 
 
 DEFAULTS: Mapping[str, str] = {"unet": "texts"}

@@ -76,17 +76,18 @@ class StylePipeline(Wrapper):
             SceneError: a prompt that the model would cut off, or settings that it does not have.
         """
         from attnctrl.attach import as_controls
-        from attnctrl.presets import default_style
         from attnctrl.presets import preset as stack_of
+        from attnctrl.presets import style as measured
 
         told = _told(prompts, style)
         if batch is not None and batch < 2:
             raise ControlError(f"batch must be 2 or more, as the anchor is in every one; found {batch}.")
         if controls is not None and (preset is not None or options):
             raise ControlError("Give controls, or a preset and its options, not both.")
-        acting = (
-            stack_of(preset or default_style(self.pipe), **options) if controls is None else list(as_controls(controls))
-        )
+        if controls is not None:
+            acting = list(as_controls(controls))
+        else:
+            acting = stack_of(preset, **options) if preset else measured(self.pipe, **options)
         negatives = per_text(negative_prompt, len(told), "negative_prompt")
         common = {
             "version": 1,

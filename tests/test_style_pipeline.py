@@ -54,7 +54,9 @@ def test_batches_of_two_are_the_whole_set(pipe):
 
 
 def test_a_picture_is_made_again_from_its_file(pipe, tmp_path):
-    drawn = pipe(PROMPTS, "in ink", ["", "fog", "", ""], seeds=3, layers="double", weight=2.0, window=(0.0, 0.6), **FAST)
+    drawn = pipe(
+        PROMPTS, "in ink", ["", "fog", "", ""], seeds=3, layers="double", weight=2.0, window=(0.0, 0.6), **FAST
+    )
     for number in (0, 1, 3):
         record = provenance.read(drawn[number].save(tmp_path / f"{number}.png"))
         again = pipe.again(record)
@@ -71,7 +73,7 @@ def test_what_is_not_meant_has_no_influence(pipe):
     """The others of a set may be any: a picture depends on the anchor and on itself."""
     one = pipe([PROMPTS[0], PROMPTS[1]], seeds=[1, 2], **FAST)[1]
     two = pipe([PROMPTS[0], PROMPTS[3], PROMPTS[1]], seeds=[1, 8, 2], **FAST)[2]
-    other = pipe([PROMPTS[2], PROMPTS[1]], seeds=[1, 2], **FAST)[1]
+    other = pipe([PROMPTS[0], PROMPTS[1]], seeds=[30, 2], **FAST)[1]
     first, second, third = pixels([one, two, other])
     assert np.abs(first - second).max() <= 1
     assert np.abs(first - third).max() > 1
