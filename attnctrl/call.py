@@ -238,7 +238,7 @@ class Act:
         self.sources = tuple(sources) or (None,) * len(self.parts)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
-        told = rows or [rows for rows, *_ in (*self.outputs, *self.contents) if rows is not None]
+        told = rows or [rows for rows, *_ in self.outputs or self.contents if rows is not None]
         self._rows = sum(map(len, told)) if told else None
 
     def watched(self, probes: Sequence[Probe]) -> Act:
@@ -256,7 +256,11 @@ class Act:
     def explained(self) -> frozenset[str]:
         """What is done, a line for each plan, content and output."""
         plans = {part.explain() for _, part in self.parts if part is not None}
-        return frozenset(plans | {edit.explain() for *_, edits in (*self.contents, *self.outputs) for edit in edits})
+        edits = (
+            *(one for _, made in self.contents for one in made),
+            *(one for *_, made in self.outputs for one in made),
+        )
+        return frozenset(plans | {edit.explain() for edit in edits})
 
     @property
     def needs_mask(self) -> bool:

@@ -10,6 +10,7 @@ from attnctrl.pipelines import StylePipeline
 import attnctrl as ac
 from attnctrl import provenance
 from attnctrl.errors import AttnCtrlError, ControlError, SceneError, SelectionError
+from attnctrl.presets import STYLES, style
 from attnctrl.toybox.models.flux import tiny_pipeline
 
 PIPES = {"flux": tiny_pipeline, "sd3": tiny_pipes.sd3, "sd": tiny_pipes.sd}
@@ -29,7 +30,7 @@ def pipe():
 @pytest.mark.parametrize("make", PIPES.values(), ids=PIPES)
 def test_the_anchor_is_plain_and_the_others_are_not(make):
     pipe = StylePipeline.from_pipe(make())
-    drawn = pipe(PROMPTS[:3], "gray background", seeds=5, **FAST)
+    drawn = pipe(PROMPTS[:3], "gray background", preset="style-aligned", seeds=5, **FAST)
     plain = pipe(PROMPTS[:3], "gray background", seeds=5, controls=[], **FAST)
     distances = [np.abs(a - b).max() for a, b in zip(pixels(drawn), pixels(plain), strict=True)]
     assert distances[0] <= 1
@@ -71,9 +72,10 @@ def test_a_picture_is_made_again_from_its_file(pipe, tmp_path):
 
 def test_what_is_not_meant_has_no_influence(pipe):
     """The others of a set may be any: a picture depends on the anchor and on itself."""
-    one = pipe([PROMPTS[0], PROMPTS[1]], seeds=[1, 2], **FAST)[1]
-    two = pipe([PROMPTS[0], PROMPTS[3], PROMPTS[1]], seeds=[1, 8, 2], **FAST)[2]
-    other = pipe([PROMPTS[0], PROMPTS[1]], seeds=[30, 2], **FAST)[1]
+    call = {**FAST, "preset": "style-aligned"}
+    one = pipe([PROMPTS[0], PROMPTS[1]], seeds=[1, 2], **call)[1]
+    two = pipe([PROMPTS[0], PROMPTS[3], PROMPTS[1]], seeds=[1, 8, 2], **call)[2]
+    other = pipe([PROMPTS[0], PROMPTS[1]], seeds=[30, 2], **call)[1]
     first, second, third = pixels([one, two, other])
     assert np.abs(first - second).max() <= 1
     assert np.abs(first - third).max() > 1
@@ -99,6 +101,19 @@ def test_errors_say_what_to_do(pipe, prompts, options, error, message):
     assert issubclass(error, AttnCtrlError)
     with pytest.raises(error, match=message):
         pipe(prompts, **{**FAST, **options})
+
+
+def test_where_nobody_says_it_is_what_was_measured():
+    """On FLUX the anchor stands apart; without rotary positions it cannot; what is told comes first."""
+    flux, unet = tiny_pipeline(), tiny_pipes.sd()
+    (own,), (other,) = style(flux), style(unet)
+    assert own.positions == "apart"
+    assert other.positions == "keep"
+    assert {name: getattr(own, name) for name in STYLES["flux"]} == dict(STYLES["flux"])
+    (told,) = style(flux, weight=2.0, match=("key",))
+    assert (told.weight, told.match, told.positions) == (2.0, ("key",), "apart")
+    with pytest.raises(ControlError, match="wait"):
+        style(flux, wait=1)
 
 
 def test_presets_of_styles_are_what_the_papers_say():

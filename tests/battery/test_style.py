@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from harness import FAMILIES, Kernel, flux, probe, sd3, sides_of, unet
+from harness import FAMILIES, Kernel, Setting, flux, probe, sd3, sides_of, unet
 from test_sharing import named
 from torch import Tensor
 
@@ -280,3 +281,30 @@ def test_documents_and_errors() -> None:
         setting.run()
     with ac.attach(model, ac.ShareStyle(match=()), branches=batch):
         setting.run()
+
+
+def test_compiled_with_full_graphs_it_is_the_same() -> None:
+    torch._dynamo.reset()
+    inputs = tiny.flux_inputs(batch=2)
+    setting = Setting(tiny.flux(double=1, single=1), inputs, [None] * 2)
+    control = ac.ShareStyle(positions="apart", scale=1.1)
+    with ac.attach(setting.model, control):
+        expected = setting.run()
+    setting.model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with ac.attach(setting.model, control):
+        assert (setting.run() - expected).abs().max() < 1e-5
+
+
+def test_what_perturbs_attention_sees_what_was_matched() -> None:
+    """The output stage attends again with matched queries and keys, over the anchor's as the model made them."""
+    setting = unet(batch=2)
+    control = [ac.ShareStyle(weight=2.0), ac.Perturb("temperature", temperature=1.0, branch="all", layers="mid.self")]
+    with ac.attach(setting.model, control, branches=("cond",)):
+        out = setting.run()
+    with ac.attach(setting.model, control[:1], branches=("cond",)):
+        assert (setting.run() - out).abs().max() < 1e-5
+    alone = [ac.ShareStyle(weight=0), *control[1:]]
+    with ac.attach(setting.model, alone, branches=("cond",)):
+        out = setting.run()
+    with ac.attach(setting.model, alone[:1], branches=("cond",)):
+        assert (setting.run() - out).abs().max() < 1e-5
