@@ -256,11 +256,9 @@ class Act:
     def explained(self) -> frozenset[str]:
         """What is done, a line for each plan, content and output."""
         plans = {part.explain() for _, part in self.parts if part is not None}
-        edits = (
-            *(one for _, made in self.contents for one in made),
-            *(one for *_, made in self.outputs for one in made),
-        )
-        return frozenset(plans | {edit.explain() for edit in edits})
+        contents = {edit.explain() for _, edits in self.contents for edit in edits}
+        outputs = {edit.explain() for *_, edits in self.outputs for edit in edits}
+        return frozenset(plans | contents | outputs)
 
     @property
     def needs_mask(self) -> bool:

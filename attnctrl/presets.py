@@ -213,9 +213,12 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
 }
 
 
-STYLES: Mapping[str, Mapping[str, Any]] = {"flux": {"positions": "apart", "weight": 0.3, "match": ()}}
-"""By family: what `ShareStyle` does where nobody says, as far as it was measured. On the same places, and where texts
-read the anchor, it is copied."""
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    "flux": {"positions": "apart", "weight": 0.3, "match": ()},
+    "sd3": {"match": ()},
+}
+"""By family: what `ShareStyle` does where nobody says, as far as it was measured. On FLUX the anchor is copied where it
+stands on the pictures' places, and where texts read it. On SD3 nothing has helped yet, and AdaIN harmed most."""
 
 
 def style(pipe: Any, **fields: Any) -> list[Control]:

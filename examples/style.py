@@ -6,6 +6,6 @@ SHAPES = ("star", "heart", "circle", "square", "triangle")
 prompts = [f"a solid {color} {shape} center" for color in ("red", "blue") for shape in SHAPES]
 
 pipe = StylePipeline.from_pretrained("toy-flux")
-pictures = pipe(prompts, "white background", seeds=4, batch=4)
+pictures = pipe(prompts, "white background", seeds=4, batch=6)
 for number, picture in enumerate(pictures):
     picture.save(f"out/icon-{number}.png")

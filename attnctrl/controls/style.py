@@ -75,7 +75,7 @@ class ShareStyle(Share):
         anchor = self.first(line.image)
         if not self.match or anchor == line.image or any("image" not in side for side in (frame.queries, frame.keys)):
             return None
-        # values do not turn, but a model whose queries do is one whose places have to be known anyway
+        # values do not turn
         standing = places() if {"query", "key"} & set(self.match) else None
         query, key = ((side["image"].start, side["image"].stop) for side in (frame.queries, frame.keys))
         return AdaIN(tuple(self.match), (query, key), anchor - line.image, self.strength, standing)
