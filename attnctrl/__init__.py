@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Regions,
         Reposition,
         Share,
+        ShareStyle,
     )
     from .errors import (
         AssetError,
@@ -86,6 +87,7 @@ __all__ = [
     "ScheduleError",
     "SelectionError",
     "Share",
+    "ShareStyle",
     "SharedAttnProcessor",
     "Sigma",
     "SilentControlError",
@@ -116,6 +118,7 @@ _HOMES = {
         "Regions",
         "Reposition",
         "Share",
+        "ShareStyle",
     ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .content import RowContents, States, changed
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .execute.tokens import TokenSet
@@ -223,6 +224,7 @@ class Act:
             pictures, stay as they are.
         outputs: what becomes of the executed call, for each set of rows; () leaves it alone.
         sources: of each part, what its rows read of others; () nothing.
+        contents: what becomes of queries, keys and values before, for each set of rows; () leaves them alone.
         probes: what watches that call.
     """
 
@@ -235,15 +237,17 @@ class Act:
         call: int = 0,
         outputs: Sequence[RowOutputs] = (),
         sources: Sequence[Sources | None] = (),
+        contents: Sequence[RowContents] = (),
     ) -> None:
         self.parts = tuple(parts)
         self.tokens = tokens
         self.call = call
         self.outputs = tuple(outputs)
+        self.contents = tuple(contents)
         self.sources = tuple(sources) or (None,) * len(self.parts)
         rows = [rows for rows, _ in self.parts if rows is not None]
         self._order = torch.argsort(torch.cat(rows)) if rows else None
-        told = rows or [rows for rows, *_ in self.outputs if rows is not None]
+        told = rows or [rows for rows, *_ in self.outputs or self.contents if rows is not None]
         self._rows = sum(map(len, told)) if told else None
 
     @property
@@ -276,9 +280,11 @@ class Act:
 
     @property
     def explained(self) -> frozenset[str]:
-        """What is done, a line for each plan and output."""
+        """What is done, a line for each plan, content and output."""
         plans = {part.explain() for _, part in self.parts if part is not None}
-        return frozenset(plans | {edit.explain() for *_, edits in self.outputs for edit in edits})
+        contents = {edit.explain() for _, edits in self.contents for edit in edits}
+        outputs = {edit.explain() for *_, edits in self.outputs for edit in edits}
+        return frozenset(plans | contents | outputs)
 
     @property
     def needs_mask(self) -> bool:
@@ -311,15 +317,18 @@ class Act:
         if mask is not None:
             mask = per_sample(mask, query.shape[0], self.tokens)
         run = partial(_run_part, kernel)
+        own = changed(self.contents, States(query, key, value))
         if self._order is None:
-            out = run(self.parts[0][1], query, *_read(self.sources[0], (key, value, mask), key, value), scale)
+            out = run(
+                self.parts[0][1], own.query, *_read(self.sources[0], (own.key, own.value, mask), key, value), scale
+            )
         else:
             pieces = []
             for (rows, part), sources in zip(self.parts, self.sources, strict=True):
-                own = key[rows], value[rows], of_rows(mask, rows)
-                pieces.append(run(part, query[rows], *_read(sources, own, key, value), scale))
+                mine = own.key[rows], own.value[rows], of_rows(mask, rows)
+                pieces.append(run(part, own.query[rows], *_read(sources, mine, key, value), scale))
             out = torch.cat(pieces)[self._order]
-        return edited(self.outputs, out, (query, key, value), mask, run, scale)
+        return edited(self.outputs, out, own, (key, value), mask, run, scale)
 
 
 def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:

@@ -101,9 +101,9 @@ class Engine:
         self.family = family_of(model)
         self.layers: tuple[Layer, ...] = self.family.layers(model)
         self.entries: list[Entry] = []
-        self._rotary = None if self.family.rotary is None else self.family.rotary(model)
+        self._standing = self.family.standing(model)
         self.tap = Tap(model, self.layers, self, root=root, shadows=self.family.shadows)
-        self.stack = Stack((), self.layers, self.family.presets, self._rotary)
+        self.stack = Stack((), self.layers, self.family.presets, self._standing)
         self._owner: list[Entry] = []
         self._place = Place(self.family)
         self._guidance = Guidance(self.family, self.model)
@@ -149,14 +149,14 @@ class Engine:
         except ControlError as error:
             # an entry that took its regions from the leaving one cannot act any more
             self.entries = rest
-            self.stack, self._owner = Stack((), self.layers, self.family.presets, self._rotary), []
+            self.stack, self._owner = Stack((), self.layers, self.family.presets, self._standing), []
             warnings.warn(f"The controls that stay attached can no longer act: {error}", stacklevel=3)
         if all(one.layers_present is not None for one in rest):
             self.tap.remove_hooks()
 
     def _rebuild(self, entries: list[Entry]) -> None:
         controls = [control for entry in entries for control in entry.controls]
-        stack = Stack(controls, self.layers, self.family.presets, self._rotary)
+        stack = Stack(controls, self.layers, self.family.presets, self._standing)
         owner = [entry for entry in entries for control in entry.controls if not control.is_idle]
         known = {id(seat.control): seat for entry in entries for seat in entry.seats}
         for number, seat in enumerate(stack.seats):

@@ -122,7 +122,7 @@ def explain(
     model = getattr(model, "_orig_mod", model)
     family = family_of(model)
     whole = as_controls(controls)
-    stack = Stack(whole, family.layers(model), family.presets)
+    stack = Stack(whole, family.layers(model), family.presets, family.standing(model))
     selected = {name for seat in stack.seats for name in seat.layers}
     notes = list(stand_in_notes([layer for layer in stack.layers if layer.name in selected]))
     size = grid or grid_of(pipe, family, width, height)

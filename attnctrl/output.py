@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .content import States
 from .execute import ExecutionPlan
 from .sources import Sources
 
@@ -68,7 +69,8 @@ RowOutputs = tuple[Tensor | None, ExecutionPlan | None, Sources | None, tuple[Ou
 def edited(
     outputs: Sequence[RowOutputs],
     out: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
+    own: States,
+    others: tuple[Tensor, Tensor],
     mask: Tensor | None,
     run: Run,
     scale: float | None,
@@ -76,22 +78,22 @@ def edited(
     """The executed `out` after the outputs of its rows; rows without one keep theirs to the bit.
 
     Args:
-        parts: query, key, value of all rows.
+        own: of all rows, after the content stage.
+        others: key, value of all rows as the model made them, for sources.
         mask: the model's own, 4D.
         run: executes some rows again, for `Executed.attend`.
     """
-    query, key, value = parts
     for rows, plan, sources, edits in outputs:
         if not edits:
             continue
-        own = _taken(key, rows), _taken(value, rows), of_rows(mask, rows)
-        read = own if sources is None else sources.join(own, key, value)
+        query, key, value = (_taken(states, rows) for states in own)
+        own_mask = of_rows(mask, rows)
+        read = (key, value, own_mask) if sources is None else sources.join((key, value, own_mask), *others)
 
         def attend(other: Tensor, other_scale: float | None, plan: Any = plan, read: Any = read) -> Tensor:
             return run(plan, other, *read, other_scale)
 
-        mine = _taken(query, rows), *own[:2], _taken(out, rows)
-        call = Executed(*mine, own[2], scale, plan is not None, attend)
+        call = Executed(query, key, value, _taken(out, rows), own_mask, scale, plan is not None, attend)
         for edit in edits:
             call = replace(call, out=edit(call))
         out = call.out if rows is None else out.index_copy(0, rows, call.out)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .attach import parts_of
-from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions
+from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions, ShareStyle
 from .controls.base import scenes_of
 from .controls.lamic import Hubs
 from .errors import ControlError
@@ -24,6 +24,7 @@ from .schedule import Window
 __all__ = [
     "PRESETS",
     "against",
+    "alignedgen",
     "alternating",
     "default_preset",
     "lamic",
@@ -33,6 +34,7 @@ __all__ = [
     "references",
     "regional_prompting",
     "seg2any",
+    "style_aligned",
     "texts",
 ]
 
@@ -168,6 +170,35 @@ def alternating(regions: Any, *, overlap: Overlap = "union", window: Window = (0
     ]
 
 
+def style_aligned(regions: Any = (), **fields: Any) -> list[Control]:
+    """StyleAligned (arXiv 2312.02133): in every self-attention, queries and keys as those of the first picture, whose
+    keys are read as well. Its score shift b is `weight` e^b, its score scale is `scale`.
+
+    Args:
+        fields: of `ShareStyle`.
+    """
+    return _styled("style-aligned", _without_regions(regions, fields))
+
+
+def alignedgen(regions: Any = (), **fields: Any) -> list[Control]:
+    """AlignedGen (arXiv 2509.17088): the same for transformers with rotary positions, in the family's layers called
+    "style" (single blocks of FLUX), the first picture beside the others, its keys scaled by 1.1, texts reading it too.
+
+    SD3 has no positions to move: give positions="keep" there. The paper shows it and does not tell its code.
+
+    Args:
+        fields: of `ShareStyle`.
+    """
+    own = {"layers": "style", "positions": "apart", "scale": 1.1, "texts": True}
+    return _styled("alignedgen", {**own, **_without_regions(regions, fields)})
+
+
+def _without_regions(regions: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    if any(regions):
+        raise ControlError("Presets of styles share whole pictures and take no regions; leave them out.")
+    return dict(fields)
+
+
 PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "layout": layout,
     "lamic": lamic,
@@ -177,7 +208,39 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "alternating": alternating,
     "texts": texts,
     "references": references,
+    "style-aligned": style_aligned,
+    "alignedgen": alignedgen,
 }
+
+
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    "flux": {"positions": "apart", "weight": 0.3, "match": ()},
+    "sd3": {"match": ()},
+}
+"""By family: what `ShareStyle` does where nobody says, as far as it was measured. On FLUX the anchor is copied where it
+stands on the pictures' places, and where texts read it. On SD3 nothing has helped yet, and AdaIN harmed most."""
+
+
+def style(pipe: Any, **fields: Any) -> list[Control]:
+    """Ours: `ShareStyle` as it was measured best on the embedded model of a pipeline's or model's family. On others the
+    anchor stands apart from the pictures where positions are rotary, and everything else is StyleAligned's.
+
+    Args:
+        fields: of `ShareStyle`, instead of these.
+
+    Raises:
+        ControlError: for an unknown field.
+    """
+    family = family_of(parts_of(pipe)[0])
+    plain = {} if family.rotary is None else {"positions": "apart"}
+    return _styled("style", {**STYLES.get(family.name, plain), **fields})
+
+
+def _styled(name: str, fields: Mapping[str, Any]) -> list[Control]:
+    try:
+        return [ShareStyle(**fields)]
+    except TypeError as error:
+        raise ControlError(f"'{name}': {error}. See attnctrl.ShareStyle.") from error
 
 
 DEFAULTS: Mapping[str, str] = {"unet": "texts"}
@@ -209,7 +272,7 @@ def against(scenes: Sequence[Sequence[Region]]) -> list[Control]:
     return [Regions(texts, branch="uncond")] if any(texts) else []
 
 
-def preset(name: str, regions: Any, **options: Any) -> list[Control]:
+def preset(name: str, regions: Any = (), **options: Any) -> list[Control]:
     """The stack called `name`.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
+from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share, ShareStyle
 from .engine import Engine, Entry, engine_of
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
@@ -83,7 +83,7 @@ class RegionAttnProcessor(ControlledAttnProcessor):
 
 
 class SharedAttnProcessor(ControlledAttnProcessor):
-    """A layer's original processor with `Share`."""
+    """A layer's original processor with `Share` or `ShareStyle`."""
 
 
 class PerturbedAttnProcessor(ControlledAttnProcessor):
@@ -97,6 +97,7 @@ _NAMED: dict[type[Control], type[ControlledAttnProcessor]] = {
     OpenTexts: RegionAttnProcessor,
     Perturb: PerturbedAttnProcessor,
     Share: SharedAttnProcessor,
+    ShareStyle: SharedAttnProcessor,
     RegionModulation: RegionAttnProcessor,
 }
 _SIGNED: dict[tuple[type, type], type[ControlledAttnProcessor]] = {}

@@ -25,21 +25,35 @@ __all__ = ["Move", "Rows", "Sources", "Stored", "compacted"]
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """Where rotated keys are taken to: `shift` float64 [axes], or [image tokens, axes] where each goes its own way, see
-    `Rotary.turn`."""
+    """What becomes of the keys of others before they are read.
 
-    rotary: Rotary
-    shift: Tensor
+    Attributes:
+        turn: where rotated keys are taken to: (rotary, shift float64 [axes], or [image tokens, axes] where each goes
+            its own way), see `Rotary.turn`.
+        scale: what they are multiplied by, and so their scores: a temperature, no weight.
+    """
+
+    turn: tuple[Rotary, Tensor] | None = None
+    scale: float = 1.0
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """Keys [B, H, T, D] moved."""
+        if self.turn is not None:
+            rotary, shift = self.turn
+            keys = rotary.turn(keys, shift)
+        return keys if self.scale == 1 else keys * self.scale
 
     def of(self, tokens: TokenSet, image: TokenRange) -> Move:
         """The move of some of a layer's key tokens, of which those of `image` are the picture's."""
-        if self.shift.ndim == 1:
+        if self.turn is None or self.turn[1].ndim == 1:
             return self
-        return replace(self, shift=tokens.take(torch.nn.functional.pad(self.shift, (0, 0, image.start, 0)), 0))
+        rotary, shift = self.turn
+        mine = tokens.take(torch.nn.functional.pad(shift, (0, 0, image.start, 0)), 0)
+        return replace(self, turn=(rotary, mine))
 
     def to(self, device: torch.device) -> Move:
         """The same with its shifts on `device`."""
-        return replace(self, shift=self.shift.to(device))
+        return self if self.turn is None else replace(self, turn=(self.turn[0], self.turn[1].to(device)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +62,7 @@ class Sources:
 
     Attributes:
         tokens: of each source, those that are read.
-        moves: of each source, where its keys are taken to; None leaves them.
+        moves: of each source, what becomes of its keys; None leaves them.
     """
 
     tokens: tuple[TokenSet, ...]
@@ -76,7 +90,7 @@ class Sources:
             if not tokens.count:
                 continue
             more, theirs = self._states(number, key, value, len(own[0]))
-            keys.append(more if move is None else move.rotary.turn(more, move.shift))
+            keys.append(more if move is None else move(more))
             values.append(theirs)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2), mask
 

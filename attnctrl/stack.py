@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from .bank import Bank, checked_branch
 from .call import Act, Row, Situation, build_plan
+from .content import Content, RowContents, Standing
 from .controls.base import Control
 from .declared import Declared, nth
 from .errors import ControlError, LayoutError, UnsupportedModelError
@@ -21,7 +24,6 @@ from .guidance import Guide
 from .layout import Frames, Slots, Span
 from .output import Output, RowOutputs
 from .region import Region, by
-from .rotary import Rotary
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets, describe, select
 from .sources import Move, Rows, Sources, Stored
@@ -63,7 +65,7 @@ class Stack(Declared):
         controls: idle ones are left out.
         layers: all layers of the model.
         presets: the family's named selectors.
-        rotary: how keys turn with their positions; None where they do not.
+        standing: how queries and keys turn with their positions.
 
     Raises:
         SelectionError: when a control selects no layer.
@@ -72,11 +74,11 @@ class Stack(Declared):
     """
 
     def __init__(
-        self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets, rotary: Rotary | None = None
+        self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets, standing: Standing | None = None
     ) -> None:
         super().__init__(controls)
         self.layers = tuple(layers)
-        self.rotary = rotary
+        self.standing = standing or Standing()
         self.seats = [
             Seat(control, frozenset(layer.name for layer in _selected(layers, control, presets)))
             for control in controls
@@ -343,13 +345,16 @@ class Stack(Declared):
 
     def _move(self, situation: Situation, other: int, acting: tuple[int, ...]) -> Move | None:
         controls = [self.seats[i].control for i in acting]
-        made = [(one.name, move) for one in controls if (move := one.move(situation, other, self.rotary)) is not None]
-        if len(made) > 1:
+        rotary = self.standing.rotary
+        made = [(one.name, move) for one in controls if (move := one.move(situation, other, rotary)) is not None]
+        turned = [(name, move.turn) for name, move in made if move.turn is not None]
+        if len(turned) > 1:
             raise ControlError(
-                f"{' and '.join(name for name, _ in made)} both say where other pictures' keys seem to stand in one "
+                f"{' and '.join(name for name, _ in turned)} both say where other pictures' keys seem to stand in one "
                 "layer; give Share positions='keep', or leave one of them out."
             )
-        return made[0][1] if made else None
+        scale = prod(move.scale for _, move in made)
+        return Move(turned[0][1] if turned else None, scale) if made else None
 
     def outputs(self, variant: Variant, layer: Layer, acting: tuple[int, ...]) -> tuple[Output, ...]:
         """What becomes of the executed calls of a layer in which the seats `acting` act."""
@@ -365,6 +370,19 @@ class Stack(Declared):
         """(names of the regions of a variant's scene, bool [regions, image tokens]: who holds each token)."""
         names = tuple(region.label for region in self.regions(variant.scene))
         return names, self.member(variant.scene, variant.frames[frame].grid)
+
+    def contents(
+        self, variant: Variant, layer: Layer, acting: tuple[int, ...], device: torch.device
+    ) -> tuple[Content, ...]:
+        """What becomes of queries, keys and values of a layer in which the seats `acting` act."""
+        controls = [self.seats[i].control for i in acting]
+        asked = [control for control in controls if type(control).content is not Control.content]
+        if not asked:
+            return ()
+        situation = self.situation(variant, layer.frame)
+        places = partial(self.standing.places, variant.frames, layer.frame, device)
+        made = (control.content(situation, layer, places) for control in asked)
+        return tuple(one for one in made if one is not None)
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
         """Regions whose text is in the sequence while no control of a layer shows it."""
@@ -385,11 +403,12 @@ class Stack(Declared):
         acts: Acts = {}
         for layer in self.layers:
             acting = tuple(self.acting(variant, layer.name, present) for variant in rows)
-            pairs = zip(rows, acting, strict=True)
+            pairs = list(zip(rows, acting, strict=True))
             outputs = tuple(self.outputs(variant, layer, own) for variant, own in pairs)
-            key = (acting, outputs, layer.frame, layer.call)
+            contents = tuple(self.contents(variant, layer, own, device) for variant, own in pairs)
+            key = (acting, outputs, contents, layer.frame, layer.call)
             if key not in made:
-                made[key] = self._act(rows, acting, outputs, layer, device, host)
+                made[key] = self._act(rows, acting, outputs, contents, layer, device, host)
             found = made[key]
             if found is not None:
                 acts[layer.name] = found
@@ -400,13 +419,14 @@ class Stack(Declared):
         rows: Mapping[Variant, list[int]],
         acting: tuple[tuple[int, ...], ...],
         outputs: tuple[tuple[Output, ...], ...],
+        contents: tuple[tuple[Content, ...], ...],
         layer: Layer,
         device: torch.device,
         host: Host,
     ) -> tuple[Act, frozenset[int]] | None:
         plans = [self.plan(variant, layer.frame, own, device, host) for variant, own in zip(rows, acting, strict=True)]
-        unplanned, unedited = all(plan is None for plan in plans), not any(outputs)
-        if unplanned and unedited:
+        unplanned, unedited, unchanged = all(plan is None for plan in plans), not any(outputs), not any(contents)
+        if unplanned and unedited and unchanged:
             return None
         mine = [None if len(rows) == 1 else torch.tensor(one, device=device) for one in rows.values()]
         # without a plan all rows are one call
@@ -416,8 +436,9 @@ class Stack(Declared):
             for (variant, own), seats in zip(rows.items(), acting, strict=True)
         ]
         edits: Sequence[RowOutputs] = () if unedited else list(zip(mine, plans, sources, outputs, strict=True))
+        changes: Sequence[RowContents] = () if unchanged else list(zip(mine, contents, strict=True))
         tokens = next(iter(rows)).frames[layer.frame].tokens
-        act = Act(parts, tokens, layer.call, edits, () if unplanned else sources)
+        act = Act(parts, tokens, layer.call, edits, () if unplanned else sources, changes)
         return act, frozenset(i for numbers in acting for i in numbers)
 
 

@@ -8,8 +8,17 @@ from attnctrl.pipelines.base import ScenePicture
 from attnctrl.pipelines.layout import LayoutPipeline, Subject
 from attnctrl.pipelines.scene import ScenePipeline
 from attnctrl.pipelines.settings import Settings
+from attnctrl.pipelines.style import StylePipeline
 
-__all__ = ["LayoutPipeline", "ScenePicture", "ScenePipeline", "Settings", "Subject", "with_references"]
+__all__ = [
+    "LayoutPipeline",
+    "ScenePicture",
+    "ScenePipeline",
+    "Settings",
+    "StylePipeline",
+    "Subject",
+    "with_references",
+]
 
 
 def __getattr__(name: str) -> Any:

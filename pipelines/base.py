@@ -15,7 +15,7 @@ from attnctrl.pipelines.settings import Canvas, Settings, settings_of
 
 from attnctrl import files, provenance
 from attnctrl.errors import LayoutError, SceneError, UnsupportedModelError
-from attnctrl.scene import Scene, is_model_name
+from attnctrl.scene import MAX_SEED, Scene, is_model_name
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +130,26 @@ class Wrapper:
     def regions(self, scene: Scene) -> list[Region]:
         """The regions of `scene` with their texts as it asks for them. Raises `SceneError` if this model cannot."""
         return scene.regions_on(self.pipe, self.settings(scene).max_sequence_length)
+
+    def check_texts(self, scenes: Sequence[Scene], called: str = "layout") -> None:
+        """Raises `SceneError` for texts that the model would cut off; `called`: what each scene is."""
+        from attnctrl.attach import parts_of
+        from attnctrl.families import family_of
+
+        if stock_name(self.pipe, PIPELINES) is None:
+            return  # texts in chat templates are cut by the pipelines' own rules
+        family = family_of(parts_of(self.pipe)[0])
+        found = [getattr(self.pipe, reader.tokenizer, None) for reader in family.readers]
+        tokenizer = next(one for one in reversed(found) if one is not None)
+        limit = min(self.settings(scenes[0]).max_sequence_length or MAX_SEED, int(tokenizer.model_max_length))
+        for i, scene in enumerate(scenes):
+            texts = [scene.prompt, scene.negative_prompt, *(region.prompt for region in scene.regions())]
+            for text in texts:
+                tokens = len(tokenizer(text).input_ids)
+                if tokens > limit:
+                    raise SceneError(
+                        f"{called} {i}: '{text[:60]}' has {tokens} tokens, and this model reads {limit}; shorten it."
+                    )
 
     def draw(
         self,

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnctrl.pipelines.base import NATIVE, PIPELINES, Progress, ScenePicture, Wrapper, stock_name
+from attnctrl.pipelines.settings import entries_of, per_text, seeds_of
 
 from attnctrl.errors import AssetError, ControlError, LayoutError, SceneError, UnsupportedModelError
-from attnctrl.scene import MAX_SEED, Scene
+from attnctrl.scene import Scene
 from attnctrl.scenefile import MAX_PICTURE_BYTES, FileRefused, SceneMemory, read_bounded
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ class LayoutPipeline(Wrapper):
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         layouts = _per_prompt(subjects, len(prompts), "subjects", Subject, isinstance(prompt, str))
-        grounds = _per_text(background, len(prompts), "background")
-        negatives = _per_text(negative_prompt, len(prompts), "negative_prompt")
+        grounds = per_text(background, len(prompts), "background")
+        negatives = per_text(negative_prompt, len(prompts), "negative_prompt")
         common = {
             "version": 1,
             "width": width,
@@ -133,7 +134,7 @@ class LayoutPipeline(Wrapper):
             )
             for i, (text, own, ground, negative) in enumerate(zip(prompts, layouts, grounds, negatives, strict=True))
         ]
-        self._check_texts(scenes)
+        self.check_texts(scenes)
         if any(scene.references() for scene in scenes) and stock_name(self.pipe, _WITHOUT):
             able = ", ".join(name for name in self.runs_on if name not in _WITHOUT)
             raise UnsupportedModelError(
@@ -145,35 +146,15 @@ class LayoutPipeline(Wrapper):
         preset = preset or ("references" if shown else default_preset(self.pipe))
         acting = _controls(preset, regions, overlap) if controls is None else _given(controls, regions)
         scenes = [
-            scene.replace(controls=_entries(_controls(preset, [own], overlap) if controls is None else acting))
+            scene.replace(controls=entries_of(_controls(preset, [own], overlap) if controls is None else acting))
             if own
             else scene
             for scene, own in zip(scenes, regions, strict=True)
         ]
         if acting:
             acting += against(regions)
-        numbers = _seeds(seeds, generator, len(prompts), num_images_per_prompt)
+        numbers = seeds_of(seeds, generator, len(prompts), num_images_per_prompt)
         return self.draw(scenes, numbers, acting, bool(acting), progress)
-
-    def _check_texts(self, scenes: Sequence[Scene]) -> None:
-        """Raises `SceneError` for texts that the model would cut off."""
-        from attnctrl.attach import parts_of
-        from attnctrl.families import family_of
-
-        if stock_name(self.pipe, PIPELINES) is None:
-            return  # texts in chat templates are cut by the pipelines' own rules
-        family = family_of(parts_of(self.pipe)[0])
-        found = [getattr(self.pipe, reader.tokenizer, None) for reader in family.readers]
-        tokenizer = next(one for one in reversed(found) if one is not None)
-        limit = min(self.settings(scenes[0]).max_sequence_length or MAX_SEED, int(tokenizer.model_max_length))
-        for i, scene in enumerate(scenes):
-            texts = [scene.prompt, scene.negative_prompt, *(region.prompt for region in scene.regions())]
-            for text in texts:
-                tokens = len(tokenizer(text).input_ids)
-                if tokens > limit:
-                    raise SceneError(
-                        f"layout {i}: '{text[:60]}' has {tokens} tokens, and this model reads {limit}; shorten it."
-                    )
 
 
 def _scene(keys: dict[str, Any], subjects: Sequence[Subject], label: str) -> Scene:
@@ -286,39 +267,6 @@ def _given(controls: Any, regions: list[list[Region]]) -> list[Control]:
     return list(as_controls(controls(regions) if callable(controls) else controls))
 
 
-def _entries(acting: list[Control]) -> list[dict[str, Any]]:
-    """Controls as a scene writes them, whose regions are the scene's own."""
-    return [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
-
-
-def _seeds(seeds: Any, generator: Any, layouts: int, images: int) -> list[list[int]]:
-    """Of each picture, layout by layout.
-
-    Raises:
-        ControlError: both are given, or their number is not that of the pictures.
-        SceneError: a seed that no scene could hold.
-    """
-    import torch
-
-    count = layouts * images
-    if count < 1:
-        raise ControlError(f"num_images_per_prompt must be at least 1; found {images}.")
-    if seeds is not None and generator is not None:
-        raise ControlError("Give seeds or a generator, not both.")
-    if generator is not None:
-        sources = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
-        found = [int(torch.randint(MAX_SEED, (1,), generator=one, device=one.device)) for one in sources]
-    elif seeds is None or isinstance(seeds, int):
-        found = [(seeds or 0) + i for i in range(count)]
-    else:
-        found = [int(seed) for seed in seeds]
-    if len(found) != count:
-        raise ControlError(f"{layouts} layouts with {images} pictures each need {count} seeds; found {len(found)}.")
-    if wrong := [seed for seed in found if not 0 <= seed <= MAX_SEED]:
-        raise SceneError(f"seed: must be in 0 .. {MAX_SEED}; found {wrong[0]}; take another one.")
-    return [found[i * images : (i + 1) * images] for i in range(layouts)]
-
-
 def _per_prompt(values: Sequence[Any], count: int, name: str, kind: type, single: bool) -> list[list[Any]]:
     nested = [list(one) for one in values if not isinstance(one, kind)]
     if single and not nested:
@@ -326,10 +274,3 @@ def _per_prompt(values: Sequence[Any], count: int, name: str, kind: type, single
     if len(nested) != len(values) or len(nested) != count:
         raise ControlError(f"{count} prompts need {count} lists of {name}; found {len(values)} entries.")
     return nested
-
-
-def _per_text(value: Any, count: int, name: str) -> list[Any]:
-    texts = [value] * count if value is None or isinstance(value, str) else list(value)
-    if len(texts) != count:
-        raise ControlError(f"{name}: {count} prompts need one text, or {count}; found {len(texts)}.")
-    return texts

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attnctrl.errors import SceneError
-from attnctrl.scene import Scene
+from attnctrl.errors import ControlError, SceneError
+from attnctrl.scene import MAX_SEED, Scene
+
+if TYPE_CHECKING:
+    from attnctrl.controls import Control
 
 _OPTIONAL = ("guidance_scale", "true_cfg_scale", "max_sequence_length")
 
@@ -101,3 +104,48 @@ def _first(value: float | None, default: float | None) -> float | None:
     if value is not None:
         return value
     return None if default is None else float(default)
+
+
+def entries_of(acting: Sequence[Control]) -> list[dict[str, Any]]:
+    """Controls as a scene writes them, whose regions are the scene's own."""
+    return [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
+
+
+def seeds_of(seeds: Any, generator: Any, prompts: int, images: int) -> list[list[int]]:
+    """Of each picture, prompt by prompt.
+
+    Args:
+        seeds: the first, from which they count up (0 where it is None), or all of them.
+        generator: gives them instead; a list gives one of each.
+
+    Raises:
+        ControlError: both are given, or their number is not that of the pictures.
+        SceneError: a seed that no scene could hold.
+    """
+    import torch
+
+    count = prompts * images
+    if count < 1:
+        raise ControlError(f"num_images_per_prompt must be at least 1; found {images}.")
+    if seeds is not None and generator is not None:
+        raise ControlError("Give seeds or a generator, not both.")
+    if generator is not None:
+        sources = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+        found = [int(torch.randint(MAX_SEED, (1,), generator=one, device=one.device)) for one in sources]
+    elif seeds is None or isinstance(seeds, int):
+        found = [(seeds or 0) + i for i in range(count)]
+    else:
+        found = [int(seed) for seed in seeds]
+    if len(found) != count:
+        raise ControlError(f"{prompts} prompts with {images} pictures each need {count} seeds; found {len(found)}.")
+    if wrong := [seed for seed in found if not 0 <= seed <= MAX_SEED]:
+        raise SceneError(f"seed: must be in 0 .. {MAX_SEED}; found {wrong[0]}; take another one.")
+    return [found[i * images : (i + 1) * images] for i in range(prompts)]
+
+
+def per_text(value: Any, count: int, name: str) -> list[Any]:
+    """One text for each prompt, from one for all or a list. Raises `ControlError` where numbers differ."""
+    texts = [value] * count if value is None or isinstance(value, str) else list(value)
+    if len(texts) != count:
+        raise ControlError(f"{name}: {count} prompts need one text, or {count}; found {len(texts)}.")
+    return texts

@@ -222,7 +222,7 @@ def test_other_families_draw_layouts_and_name_who_follows_references(kind):
         ([Subject("x", (0, 0, 1, 1)), Subject("y", reference=RED)], {}, "'y' has a reference and no place"),
         ([Subject("x")], {}, r"subjects\[0\]: a subject needs a box, a mask or a reference"),
         (PAIR, {"preset": "lamik"}, "no preset named 'lamik'"),
-        (PAIR, {"seeds": [1, 2]}, "1 layouts with 1 pictures each need 1 seeds; found 2"),
+        (PAIR, {"seeds": [1, 2]}, "1 prompts with 1 pictures each need 1 seeds; found 2"),
         (PAIR, {"seeds": 1, "generator": torch.Generator()}, "seeds or a generator, not both"),
         (PAIR, {"seeds": -1}, "seed: must be in"),
         (PAIR, {"width": 36}, "width"),

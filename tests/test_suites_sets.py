@@ -68,6 +68,18 @@ def test_one_style_is_consistent_and_four_are_not():
     assert several["same_style"] == 0
 
 
+def test_what_is_copied_from_the_first_picture_is_seen():
+    task, _ = sets.STYLE.task("test", 1)
+    own = [drawn(told) for told in task]
+    assert sets.style_values(task, own, own)["copied"] == 0
+    first = task[0].expected
+    painted = [own[0], *(drawn(told, color=first.color) for told in task[1:])]
+    assert sets.style_values(task, painted, own)["copied"] == pytest.approx(0.5)
+    twice = [own[0], own[0], *own[2:]]
+    assert sets.style_values(task, twice, own)["copied"] == pytest.approx(1 / 3)
+    assert sets.fidelity(task, twice) < sets.fidelity(task, own)
+
+
 def test_reposition_tells_distances_and_scale_apart():
     for index in range(8):
         task, _ = sets.REPOSITION.task("test", index)
@@ -113,6 +125,6 @@ def test_each_suite_runs_on_a_pipeline(name):
     runner = Runner(tiny_pipeline(), size=(64, 64), steps=1, batch=5)
     found = measure(PAIRED[name], runner, "tiny", 2, None, Options(rows=True))
     assert set(found["metrics"]) >= set(PAIRED[name].better)
-    assert all(entry["controlled"] is None for entry in found["metrics"].values())
+    assert all((entry["controlled"] is None) == (name != "style") for entry in found["metrics"].values())
     assert len(found["rows"]) == 2
     assert all(np.isfinite(entry["vanilla"]) for entry in found["metrics"].values())

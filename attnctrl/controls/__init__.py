@@ -10,6 +10,7 @@ from .perturb import Perturb
 from .region import OpenTexts, Regions
 from .reposition import Reposition
 from .sharing import Share
+from .style import ShareStyle
 
 __all__ = [
     "CONTROLS",
@@ -23,4 +24,5 @@ __all__ = [
     "Regions",
     "Reposition",
     "Share",
+    "ShareStyle",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from ..bank import Bank
 from ..call import Blend, Probe, Situation
+from ..content import Content, Places
 from ..errors import ControlError
 from ..guidance import Guide
 from ..layout import Span
@@ -115,6 +116,15 @@ class Control:
         """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
         return {}
 
+    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Content | None:
+        """Its part in the content stage of a layer: what becomes of queries, keys and values; None leaves them alone.
+
+        Args:
+            places: where the layer's image tokens stand; None where the model does not turn them. Asking raises
+                `UnsupportedModelError` for models of which that is not known.
+        """
+        return None
+
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
         return None
@@ -139,7 +149,7 @@ class Control:
         return self.recalls is not None
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
-        """Where the keys of another picture that is read are taken to; None leaves them where they stand."""
+        """What becomes of the keys of another picture that is read; None leaves them."""
         return None
 
     @property

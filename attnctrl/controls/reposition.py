@@ -79,7 +79,7 @@ class Reposition(Control):
         axes = [rotary.axes.index("y"), rotary.axes.index("x")]
         for held, fitting in self._fittings(situation, other, _extents):
             shift[held.nonzero(), axes] = self.strength * fitting.shift(places[held])
-        return Move(rotary, shift)
+        return Move((rotary, shift))
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:

@@ -6,6 +6,7 @@ After the shared attention of ConsiStory (arXiv 2402.03286), StoryDiffusion (arX
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -55,7 +56,8 @@ class Share(Regional):
             tokens of the same subject alone.
         ratio: share of these tokens in (0, 1] that is read, drawn anew at every step for each picture and resolution,
             the same in all layers and for all readers.
-        weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w.
+        weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w. With
+            readers="anchors" also one for each anchor.
         positions: in models with rotary positions, where the others seem to stand: "keep", on the same places; with
             "apart" side by side, the n-th to the right of n - 1 others, so that positions do not collide (AlignedGen,
             arXiv 2509.17088).
@@ -73,7 +75,7 @@ class Share(Regional):
     tokens: Tokens = "all"
     queries: Queries = "all"
     ratio: float = 1.0
-    weight: float = 1.0
+    weight: float | Sequence[float] = 1.0
     positions: Positions = "keep"
     seed: int = 0
     branch: Branch = field(default="all", kw_only=True)
@@ -85,11 +87,19 @@ class Share(Regional):
             ("readers", Readers), ("tokens", Tokens), ("queries", Queries), ("positions", Positions),
         ):  # fmt: skip
             self._check_choice(name, choices)
-        self._check_range("weight", 0, 1000)
         for name, least in (("anchors", 1), ("group", 2)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
+        if not isinstance(self.weight, (int, float)):
+            object.__setattr__(self, "weight", tuple(self.weight))
+            if self.readers != "anchors" or len(self.weights) != self.anchors:
+                raise ControlError(
+                    f"'{self.name}': a weight for each anchor wants readers='anchors' and as many weights as anchors; "
+                    f"found readers={self.readers!r}, anchors={self.anchors} and {len(self.weights)} weights."
+                )
+        if not all(0 <= one <= 1000 for one in self.weights):
+            raise ControlError(f"'{self.name}': weight must be in [0, 1000]; found {self.weight}.")
         if not 0 < self.ratio <= 1:
             raise ControlError(f"'{self.name}': ratio must be in (0, 1]; found {self.ratio}.")
         if self.bank is not None and (self.readers, self.group) != ("all", None):
@@ -100,7 +110,16 @@ class Share(Regional):
 
     @property
     def is_idle(self) -> bool:
-        return super().is_idle or self.weight == 0
+        return super().is_idle or not any(self.weights)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One for all pictures that are read, or one for each anchor."""
+        return (self.weight,) if isinstance(self.weight, (int, float)) else tuple(self.weight)
+
+    def first(self, image: int) -> int:
+        """The first picture of the group of a picture."""
+        return 0 if self.group is None else image // self.group * self.group
 
     @property
     def draws(self) -> bool:
@@ -111,7 +130,7 @@ class Share(Regional):
         return self.bank
 
     def reads(self, image: int, images: int) -> tuple[int, ...]:
-        first = 0 if self.group is None else image // self.group * self.group
+        first = self.first(image)
         last = images if self.group is None else min(images, first + self.group)
         if self.readers == "anchors":
             last = min(last, first + self.anchors)
@@ -126,7 +145,7 @@ class Share(Regional):
                 "positions in steps of whole tokens. Leave positions='keep'."
             )
         number = 1 + list(situation.shared).index(other)
-        return Move(rotary, rotary.shift(x=float(number * situation.frame.keys.grid[-1])))
+        return Move((rotary, rotary.shift(x=float(number * situation.frame.keys.grid[-1]))))
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
@@ -157,7 +176,12 @@ class Share(Regional):
             "background": not q.members,
             "same": bool(q.members & k.members),
         }[self.queries]
-        return self.strength * self.weight * float(q.kind == "image" and held and reads)
+        number = k.index - self.first(k.index) if len(self.weights) > 1 else 0
+        return self.strength * self.weights[number] * float(self.reading(q) and held and reads)
+
+    def reading(self, q: Group) -> bool:
+        """Whether these tokens are of a kind that reads other pictures."""
+        return q.kind == "image"
 
     def _drawn(self, situation: Situation) -> Visibility:
         """Hides the tokens of others that were not drawn at this step; of each picture and kind as many are left."""

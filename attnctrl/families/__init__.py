@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..content import Standing
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures, Slots
 from ..rotary import Rotary
@@ -24,6 +26,7 @@ __all__ = [
     "Text",
     "all_families",
     "append_to",
+    "at_zero",
     "crossed",
     "encode_alone",
     "family_of",
@@ -32,6 +35,7 @@ __all__ = [
     "noisiest",
     "sizes_of",
     "stacks",
+    "still",
     "text_limit",
 ]
 
@@ -88,6 +92,8 @@ class Family:
         readers: tokenizers whose tokens stand in the text sequence, in its order; () where words cannot be found in it.
         rotary: model -> how queries and keys of image tokens turn with their positions; None where they do not, or not
             in steps of whole tokens.
+        corner: (model, frames of a forward) -> where the first image token stands, by the axes of `rotary`; () where
+            tokens do not turn. None where that is not known.
     """
 
     name: str
@@ -111,6 +117,12 @@ class Family:
     sigma: Callable[[float], float] | None = None
     readers: tuple[Reader, ...] = ()
     rotary: Callable[[Any], Rotary] | None = None
+    corner: Callable[[Any, Frames], tuple[float, ...]] | None = None
+
+    def standing(self, model: Any) -> Standing:
+        """How the image tokens of a model turn with their places."""
+        rotary = None if self.rotary is None else self.rotary(model)
+        return Standing(rotary, None if self.corner is None else partial(self.corner, model))
 
     def text(self, arguments: Arguments) -> Text:
         """The encoded prompts of a forward."""
@@ -126,6 +138,16 @@ class Family:
 def sizes_of(value: Text) -> tuple[Any, ...]:
     """Sizes of the rows of a tensor or a list, which decide the layout; None for rows that are no tensors."""
     return tuple(value.shape[1:]) if isinstance(value, Tensor) else tuple(getattr(row, "shape", None) for row in value)
+
+
+def still(model: Any, frames: Frames) -> tuple[float, ...]:
+    """Of models whose tokens do not turn: positions are added to the picture before the first block."""
+    return ()
+
+
+def at_zero(model: Any, frames: Frames) -> tuple[float, ...]:
+    """Of models that count from zero on three axes."""
+    return (0.0, 0.0, 0.0)
 
 
 def stacks(*parts: tuple[str, str, str, str]) -> Callable[[nn.Module], tuple[Layer, ...]]:

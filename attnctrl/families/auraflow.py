@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..layout import Frames, Measures
-from . import Family, append_to, encode_alone, joint, stacks
+from . import Family, append_to, encode_alone, joint, stacks, still
 from .reader import Reader
 from .sd3 import measure
 
@@ -42,4 +42,5 @@ AURAFLOW = Family(
     encode=encode_alone(count_tokens),
     count=count_tokens,
     readers=(Reader(),),
+    corner=still,
 )

@@ -17,7 +17,7 @@ from ..errors import LayoutError
 from ..layout import Measures
 from ..region import Grid, by
 from ..rotary import Rotary
-from . import Arguments, Family, joint, stacks
+from . import Arguments, Family, at_zero, joint, stacks
 from .reader import Reader
 
 _SAME = 1e-3
@@ -127,11 +127,12 @@ FLUX = Family(
     pixels_per_token=16,
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
-    # Seg2Any isolates regions in single blocks 0..18 of 38
-    presets={"single-early": _early, "middle": _middle},
+    # Seg2Any isolates regions in single blocks 0..18 of 38, AlignedGen shares in single blocks
+    presets={"single-early": _early, "middle": _middle, "style": lambda counts: "single"},
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,
     readers=(Reader("tokenizer_2"),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
+    corner=at_zero,
 )

@@ -86,6 +86,7 @@ FLUX2 = Family(
     measure=measure,
     arrange=joint("text", "image", "references"),
     watch=("img_ids", "kv_cache_mode"),
+    presets={"style": lambda counts: "single"},
     pixels_per_token=16,
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
@@ -97,4 +98,5 @@ FLUX2 = Family(
     rotary=lambda model: Rotary(
         ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
     ),
+    corner=lambda model, frames: (0.0, 0.0, 0.0, 0.0),
 )

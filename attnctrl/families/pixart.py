@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..layout import Measures
-from . import Arguments, Family, append_to, crossed, encode_alone, stacks, text_limit
+from . import Arguments, Family, append_to, crossed, encode_alone, stacks, still, text_limit
 from .reader import Reader
 
 
@@ -45,4 +45,5 @@ PIXART = Family(
     encode=encode_alone(count_tokens, clean_caption=True),
     count=count_tokens,
     readers=(Reader(written=_cleaned),),
+    corner=still,
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedModelError
-from ..layout import Measures, Slots
+from ..layout import Frames, Measures, Slots
 from ..region import by
 from ..rotary import Rotary
 from . import Arguments, Carrier, Family, append_to, joint, stacks
@@ -86,6 +86,13 @@ def encode_prompt(pipe: Any, prompt: str) -> Tensor:
     return pipe.encode_prompt(prompt, device=pipe._execution_device)[0][0]
 
 
+def corner(model: Any, frames: Frames) -> tuple[float, ...]:
+    """The picture stands around the middle of the plane."""
+    height, width = frames.main.queries.grid
+    # of an odd side one more stands before the middle
+    return (0.0, float(height // 2 - height), float(width // 2 - width))
+
+
 QWEN = Family(
     name="qwen",
     models=("QwenImageTransformer2DModel",),
@@ -103,4 +110,5 @@ QWEN = Family(
     count=count_tokens,
     readers=(Reader(written=_written, begin=lambda pipe: -pipe.prompt_template_encode_start_idx),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
+    corner=corner,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..layout import Measures
 from ..select import Layer
-from . import Arguments, Family, append_to, crossed, stacks, text_limit
+from . import Arguments, Family, append_to, crossed, stacks, still, text_limit
 from .reader import Reader
 
 
@@ -79,4 +79,5 @@ SANA = Family(
     encode=encode_prompt,
     count=count_tokens,
     readers=(Reader(written=_written, begin=lambda pipe: -_dropped(pipe)),),
+    corner=still,
 )

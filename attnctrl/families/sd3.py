@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Frame, Frames, Layout, Measures
-from . import Arguments, Family, append_to, stacks
+from . import Arguments, Family, append_to, stacks, still
 from .reader import Reader
 
 
@@ -72,4 +72,5 @@ SD3 = Family(
     count=count_tokens,
     # both CLIP encoders see the same words; they stand side by side in channels
     readers=(Reader("tokenizer", limit=_clip_tokens), Reader("tokenizer_3", begin=_clip_tokens)),
+    corner=still,
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layout import Frame, Frames, Layout, Measures
 from ..select import Layer
-from . import Arguments, Family, append_to
+from . import Arguments, Family, append_to, still
 from .reader import Reader
 
 _PLACE = re.compile(r"(down|up)_blocks\.(\d+)\.|(mid)_block\.")
@@ -94,4 +94,5 @@ UNET = Family(
     encode=encode_prompt,
     count=count_tokens,
     readers=(Reader(limit=lambda pipe: pipe.tokenizer.model_max_length),),
+    corner=still,
 )

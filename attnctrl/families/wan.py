@@ -22,7 +22,7 @@ from ..errors import LayoutError
 from ..layout import Measures
 from ..rotary import Rotary
 from ..select import Layer
-from . import Arguments, Family, append_to, crossed, encode_alone, noisiest, stacks, text_limit
+from . import Arguments, Family, append_to, at_zero, crossed, encode_alone, noisiest, stacks, text_limit
 
 
 def layers(model: Any) -> tuple[Layer, ...]:
@@ -82,4 +82,5 @@ WAN = Family(
     encode=encode_alone(count_tokens),
     count=count_tokens,
     rotary=lambda model: Rotary(("frame", "y", "x"), (model.rope.t_dim, model.rope.h_dim, model.rope.w_dim)),
+    corner=at_zero,
 )

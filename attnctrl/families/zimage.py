@@ -107,6 +107,12 @@ def pack(original: Callable[..., Any], images: Any, captions: Any, *args: Any, *
     )
 
 
+def corner(model: Any, frames: Frames) -> tuple[float, ...]:
+    """Captions count on the first axis from one, the picture follows the filled caption."""
+    ranges = frames.ranges
+    return (1.0 + _filled(len(ranges["text.global"])), 0.0, 0.0)
+
+
 def _written(pipe: Any, prompt: str) -> str:
     messages = [{"role": "user", "content": prompt}]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
@@ -148,4 +154,5 @@ ZIMAGE = Family(
     count=count_tokens,
     readers=(Reader(written=_written),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims), model.config.rope_theta),
+    corner=corner,
 )

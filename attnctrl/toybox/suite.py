@@ -70,7 +70,7 @@ class Suite(Generic[T]):
         fidelity: (task, images) -> how much of the prompts they show, in [0, 1].
         whole: (tasks, images of each) -> one value for all of them, for metrics of whole sets of pictures.
         controls: what acts.
-        variants: what else can be measured.
+        variants: what else can be measured; where that differs by model, a function of what runs it.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Suite(Generic[T]):
     fidelity: Callable[[T, Images], float]
     whole: Mapping[str, tuple[Better, Callable[[Sequence[T], Sequence[Images]], float]]] = field(default_factory=dict)
     controls: Acting = field(default_factory=dict)
-    variants: Mapping[str, Acting] = field(default_factory=dict)
+    variants: Mapping[str, Acting] | Callable[[Runner], Mapping[str, Acting]] = field(default_factory=dict)
 
     def task(self, split: Split, index: int) -> tuple[T, int]:
         """Task `index` of a split, and its seed."""
@@ -124,7 +124,7 @@ def measure(
     begin = time.monotonic()
     tasks, numbers = zip(*(suite.task(options.split, index) for index in range(seeds)), strict=True)
     wanted = [suite.pictures(task, number) for task, number in zip(tasks, numbers, strict=True)]
-    settings = _settings(suite, options)
+    settings = _settings(suite, options, runner)
     tick = Counter((1 + len(settings)) * sum(map(len, wanted)), progress)
     plain = _draw(runner, wanted, {}, tick)
     vanilla = _values(suite, tasks, plain, plain)
@@ -157,10 +157,11 @@ def measure(
     return {**found, "rows": rows} if options.rows else found
 
 
-def _settings(suite: Suite[Any], options: Options) -> dict[str, Acting]:
+def _settings(suite: Suite[Any], options: Options, runner: Runner) -> dict[str, Acting]:
     """Controls by the prefix of their metrics' names."""
     first = suite.controls if options.controls is None else options.controls
-    more = {f"{name}.": fields for name, fields in suite.variants.items()} if options.variants else {}
+    variants = suite.variants(runner) if callable(suite.variants) else suite.variants
+    more = {f"{name}.": fields for name, fields in variants.items()} if options.variants else {}
     return {**({"": first} if first else {}), **more}
 
 

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
+from attnctrl.attach import parts_of
+from attnctrl.controls import Control
+from attnctrl.families import family_of
 from attnctrl.metrics import identity_similarity, set_consistency
+from attnctrl.presets import preset, style
 
 from . import world
 from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Reading, match, read_picture
-from .suite import Images, Picture, Suite
+from .suite import Acting, Images, Picture, Suite
 from .suites_layout import told_share
+from .suites_run import Runner
 
 SET = 4
 """Pictures of a set."""
@@ -114,16 +120,47 @@ def reposition_values(task: Task, images: Images, plain: Images) -> dict[str, fl
 
 def style_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
     """`set_consistency`: mean cosine of style embeddings over pairs of pictures; `same_style`: share of pairs that are
-    read as one style."""
+    read as one style; `copied`: share of the first picture's told shape and colour that each other picture shows, which
+    is told another shape and colour.
+    """
     readings = [read_picture(image) for image in images]
     return {
         "set_consistency": set_consistency([style_embedding(reading) for reading in readings]),
         "same_style": float(np.mean([_same(a, b) for a, b in combinations(readings, 2)])),
+        "copied": float(np.mean([_copied(task[0].expected, other) for other in readings[1:]])),
     }
+
+
+def _copied(first: Expected, other: Reading) -> float:
+    found = other.subjects
+    return 0.5 * any(one.shape == first.shape for one in found) + 0.5 * any(one.color == first.color for one in found)
 
 
 def _same(a: Reading, b: Reading) -> bool:
     return a.style.name is not None and a.style.name == b.style.name
+
+
+def style_control(runner: Runner, pictures: Sequence[Picture]) -> list[Control]:
+    """Each task's pictures in the style of its first, as `StylePipeline` draws them."""
+    return style(runner.pipe, group=SET)
+
+
+def style_variants(runner: Runner) -> dict[str, Acting]:
+    """The parts of a style by themselves, in all layers: shared keys on the same places, beside the picture (where the
+    model has rotary positions), and AdaIN; then AlignedGen's choice, or StyleAligned's."""
+    naive: dict[str, Any] = {"match": (), "group": SET}
+    variants: dict[str, Acting] = {
+        "naive": {"share_style": naive},
+        "adain": {"share_style": {"weight": 0, "group": SET}},
+    }
+    if family_of(parts_of(runner.pipe)[0]).rotary is None:
+        return {**variants, "style_aligned": _of_preset("style-aligned")}
+    apart: Acting = {"share_style": {**naive, "positions": "apart"}}
+    return {**variants, "apart": apart, "alignedgen": _of_preset("alignedgen")}
+
+
+def _of_preset(name: str) -> Acting:
+    return lambda runner, pictures: preset(name, group=SET)
 
 
 def fidelity(task: Task, images: Images) -> float:
@@ -146,8 +183,10 @@ STYLE = Suite(
     sample=sample_style,
     pictures=_pictures,
     values=style_values,
-    better={"set_consistency": "higher", "same_style": "higher"},
+    better={"set_consistency": "higher", "same_style": "higher", "copied": "lower"},
     fidelity=fidelity,
+    controls=style_control,
+    variants=style_variants,
 )
 REPOSITION = Suite(
     name="reposition",

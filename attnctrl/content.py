@@ -1,0 +1,151 @@
+"""The content stage of a call: what controls make of queries, keys and values before anybody attends.
+
+Controls give a `Content` for the rows of a layer that they act in; several follow each other in list order. It reads
+the whole batch as the model made it, and so do sources: what others have of a row is never edited. The kernel gets
+queries and keys that have been rotated; `Places` turns those of image tokens back, and on again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedModelError
+from .layout import Frames
+from .region import Grid
+from .rotary import Rotary
+
+__all__ = ["Content", "Places", "RowContents", "Standing", "States", "adain", "changed", "moments", "places_of"]
+
+_EPSILON = 1e-5
+
+
+class States(NamedTuple):
+    """Query, key and value [B, heads, tokens, head_dim] of some rows, or of the whole batch."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Content(Protocol):
+    """What becomes of the states of some rows. Equal ones do the same, so that layers share them."""
+
+    def __call__(self, own: States, batch: States, rows: Tensor) -> States:
+        """The new states; what is left alone is the same object.
+
+        Args:
+            own: of these rows, as earlier contents have made them.
+            batch: of all rows, as the model made them.
+            rows: int64 [n], which rows these are.
+        """
+
+    def explain(self) -> str:
+        """One line for reports."""
+
+
+RowContents = tuple[Tensor | None, tuple[Content, ...]]
+"""(rows int64 [n] or None for all, their contents in list order)."""
+
+
+def changed(contents: Sequence[RowContents], batch: States) -> States:
+    """The states after the contents of their rows; rows without one keep theirs to the bit."""
+    found = batch
+    for rows, edits in contents:
+        if not edits:
+            continue
+        which = torch.arange(len(batch.query), device=batch.query.device) if rows is None else rows
+        own = before = States(*(states[which] for states in batch))
+        for edit in edits:
+            own = edit(own, batch, which)
+        found = States(
+            *(
+                whole if new is old else whole.index_copy(0, which, new)
+                for whole, new, old in zip(found, own, before, strict=True)
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the image tokens of a layer stand: `positions` float64 [tokens, axes] in steps of `rotary`."""
+
+    rotary: Rotary
+    positions: Tensor
+
+    def undone(self, states: Tensor) -> Tensor:
+        """Rotated states [..., tokens, head_dim] as they were before, float32."""
+        return self.rotary.turn(states.float(), -self.positions)
+
+    def done(self, states: Tensor) -> Tensor:
+        """States [..., tokens, head_dim] rotated as the model does."""
+        return self.rotary.turn(states, self.positions)
+
+
+class Standing:
+    """How the image tokens of a model turn with their places.
+
+    Args:
+        rotary: None where they do not, or not in steps of whole tokens.
+        corner: frames of a forward -> where its first image token stands, see `Family.corner`; None where that is not
+            known.
+    """
+
+    def __init__(
+        self, rotary: Rotary | None = None, corner: Callable[[Frames], tuple[float, ...]] | None = None
+    ) -> None:
+        self.rotary = rotary
+        self.corner = corner
+        self._places: tuple[Any, Places] | None = None
+
+    def places(self, frames: Frames, frame: str, device: torch.device) -> Places | None:
+        """Where the image tokens of a frame stand, None where they do not turn; the last ones are kept.
+
+        Raises:
+            UnsupportedModelError: when it is not known.
+        """
+        if self.corner is None:
+            raise UnsupportedModelError(
+                "Queries and keys are edited as they were before their rotary positions, and how these are laid out is "
+                "not known for this model. Leave out what edits them (of ShareStyle: match=())."
+            )
+        corner, grid = self.corner(frames), frames[frame].grid
+        if not corner or self.rotary is None or grid is None:
+            return None
+        key = (corner, grid, device)
+        if self._places is None or self._places[0] != key:
+            self._places = key, places_of(self.rotary, corner, grid, device)
+        return self._places[1]
+
+
+def places_of(rotary: Rotary, corner: Sequence[float], grid: Grid, device: torch.device) -> Places:
+    """The places of a picture (y, x) or film (frame, y, x) in raster order whose first token stands at `corner`."""
+    names = ("frame", "y", "x")[-len(grid) :]
+    steps = torch.cartesian_prod(*(torch.arange(float(size), dtype=torch.float64) for size in grid))
+    positions = torch.tensor(corner, dtype=torch.float64).repeat(len(steps), 1)
+    positions[:, [rotary.axes.index(name) for name in names]] += steps
+    return Places(rotary, positions.to(device))
+
+
+def moments(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [..., 1, D] over the tokens of [..., T, D], unbiased, with 1e-5 under the root."""
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    # a single token has no spread
+    variance = exact.var(dim=-2, keepdim=True, correction=min(1, states.shape[-2] - 1))
+    return exact.mean(dim=-2, keepdim=True), (variance + _EPSILON).sqrt()
+
+
+def adain(states: Tensor, model: Tensor, strength: float = 1.0) -> Tensor:
+    """`states` [..., T, D] with the mean and standard deviation that `model` [..., Tm, D] has per channel.
+
+    AdaIN(x, y) = (x - mean(x)) / std(x) * std(y) + mean(y), the way there by `strength`; statistics in float32 or
+    better, the result in the dtype of `states`.
+    """
+    (mean, std), (aim, spread) = moments(states), moments(model)
+    exact = states.to(mean.dtype)
+    return torch.lerp(exact, (exact - mean) / std * spread + aim, strength).to(states.dtype)

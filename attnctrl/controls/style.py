@@ -1,0 +1,135 @@
+"""Pictures of a batch in one style: they read the first one, and their queries and keys are spread as those of it.
+
+StyleAligned (arXiv 2312.02133) on UNets; AlignedGen (arXiv 2509.17088) on transformers with rotary positions, where
+keys of another picture that stand on the same places would be taken for the picture's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ..call import Situation
+from ..content import Places, States, adain
+from ..errors import ControlError
+from ..groups import Group
+from ..rotary import Rotary
+from ..schedule import is_empty
+from ..select import Layer
+from ..sources import Move
+from .sharing import Readers, Share
+
+__all__ = ["AdaIN", "Matched", "ShareStyle"]
+
+Matched = Literal["query", "key", "value"]
+_TEXTS = ("global", "phrase", "filling", "region_text")
+
+
+@dataclass(frozen=True, eq=False)
+class ShareStyle(Share):
+    """`Share` by which the first picture of each group, the anchor, gives its style to the others:
+
+        out_i = softmax([q'_i k'_i^T / sqrt(d), scale q'_i k_0^T / sqrt(d) + log w]) [v'_i; v_0]
+        x'_i = AdaIN(x_i, x_0) = (x_i - mean x_i) / std x_i * std x_0 + mean x_0        for x in `match`
+
+    Means and standard deviations are those of image tokens per head and channel, before rotary positions; x_0 is of the
+    same guidance branch. The anchor itself is the plain model's picture.
+
+    Attributes:
+        match: which of "query", "key" and "value" are matched; `strength` s goes the way there by s.
+        scale: of the anchors' keys, in (0, 10]: a temperature. AlignedGen's lambda; `weight` w is the odds e^b.
+        texts: texts read the anchors too, as in AlignedGen's code.
+        readers: "anchors" in the papers, with `anchors` 1.
+    """
+
+    name: ClassVar[str] = "share_style"
+
+    match: Sequence[Matched] = field(default=("query", "key"), kw_only=True)
+    scale: float = field(default=1.0, kw_only=True)
+    texts: bool = field(default=False, kw_only=True)
+    readers: Readers = field(default="anchors", kw_only=True)
+    anchors: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bank is not None:
+            raise ControlError(
+                f"'{self.name}' matches moments of an anchor in the same batch, and a bank keeps no queries. Use "
+                "Share(bank=...), which shares without AdaIN."
+            )
+        match = (self.match,) if isinstance(self.match, str) else tuple(self.match)
+        strange = [one for one in match if one not in States._fields]
+        if strange or len(set(match)) < len(match):
+            raise ControlError(
+                f"'{self.name}': match is some of {', '.join(States._fields)}, each once; found {match!r}."
+            )
+        object.__setattr__(self, "match", match)
+        if not 0 < self.scale <= 10:
+            raise ControlError(f"'{self.name}': scale must be in (0, 10]; found {self.scale}. weight=0 reads nothing.")
+
+    @property
+    def is_idle(self) -> bool:
+        return self.strength == 0 or is_empty(self.window) or not (self.match or any(self.weights))
+
+    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> AdaIN | None:
+        line, frame = situation.line, situation.frame
+        anchor = self.first(line.image)
+        if not self.match or anchor == line.image or any("image" not in side for side in (frame.queries, frame.keys)):
+            return None
+        # values do not turn
+        standing = places() if {"query", "key"} & set(self.match) else None
+        query, key = ((side["image"].start, side["image"].stop) for side in (frame.queries, frame.keys))
+        return AdaIN(tuple(self.match), (query, key), anchor - line.image, self.strength, standing)
+
+    def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
+        moved = super().move(situation, other, rotary)
+        return moved if self.scale == 1 else Move(None if moved is None else moved.turn, self.scale)
+
+    def reading(self, q: Group) -> bool:
+        return super().reading(q) or (self.texts and q.kind in _TEXTS)
+
+
+@dataclass(frozen=True)
+class AdaIN:
+    """The content of a layer's call under `ShareStyle`.
+
+    Attributes:
+        match: which states.
+        spans: image tokens [start, stop) of queries, and of keys and values.
+        offset: from a row to that of its anchor.
+        strength: the way there, 1 is all of it.
+        places: where image tokens stand; None where they do not turn.
+    """
+
+    match: tuple[Matched, ...]
+    spans: tuple[tuple[int, int], tuple[int, int]]
+    offset: int
+    strength: float
+    places: Places | None
+
+    def __call__(self, own: States, batch: States, rows: Tensor) -> States:
+        spans = {"query": self.spans[0], "key": self.spans[1], "value": self.spans[1]}
+        made = {
+            name: self._matched(getattr(own, name), getattr(batch, name)[rows + self.offset], spans[name], name)
+            for name in self.match
+        }
+        return own._replace(**made)
+
+    def explain(self) -> str:
+        """Which states, and how far."""
+        return f"AdaIN of {', '.join(self.match)} by {self.strength:g} to the picture {-self.offset} before"
+
+    def _matched(self, states: Tensor, model: Tensor, span: tuple[int, int], name: str) -> Tensor:
+        """States [n, H, T, D] with the image tokens' moments of `model`."""
+        start, stop = span
+        image, anchor = states[:, :, start:stop], model[:, :, start:stop]
+        if self.places is None or name == "value":
+            found = adain(image, anchor, self.strength)
+        else:
+            # in float32 from one turn to the other, rounded once
+            found = adain(self.places.undone(image), self.places.undone(anchor), self.strength)
+            found = self.places.done(found).to(states.dtype)
+        return found if stop - start == states.shape[2] else states.slice_scatter(found, 2, start, stop)

@@ -1,0 +1,184 @@
+"""Pictures in one style: the first gives it, the others read it while they are drawn.
+
+pipe = StylePipeline.from_pretrained("toy-sd")
+for number, picture in enumerate(pipe(["a red circle", "a blue star", "a green heart"], "white background")):
+    picture.save(f"{number}.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
+from attnctrl.pipelines.settings import entries_of, per_text, seeds_of
+
+from attnctrl.errors import ControlError
+from attnctrl.scene import Scene
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnctrl.controls import Control
+
+__all__ = ["StylePipeline"]
+
+_RECORDED = ("prompts", "negative_prompts", "seeds")
+
+
+class StylePipeline(Wrapper):
+    """Draws sets of pictures on a pipeline, the user's own or one loaded by name. The pipeline stays what it is.
+
+    The first picture is the anchor, drawn as without controls, and the others depend on it alone. More pictures than
+    fit at once are drawn in batches, each of which draws the anchor again as its first row.
+    """
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        style: str = "",
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        preset: str | None = None,
+        controls: Sequence[Control] | None = None,
+        batch: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[ScenePicture]:
+        """One picture for each prompt, the anchor first.
+
+        Args:
+            prompts: what each picture shows; two or more.
+            style: words that all have in common, added behind each prompt; with "{}" it is put around the prompt.
+            negative_prompt: what guidance moves away from; one for all, or one for each.
+            preset: name of a stack of controls, see `attnctrl.presets`; if left out, what was measured best on the
+                model's family.
+            controls: instead of a preset, controls that act on each batch, whose first picture is the anchor; [] for
+                none.
+            batch: so many pictures are drawn at once, the anchor included; all of them if left out.
+            width, height, num_inference_steps, guidance_scale, true_cfg_scale: the model's own where left out.
+            generator: gives the seeds of the pictures; a list gives one of each.
+            seeds: of the pictures: the first, from which they count up (0 if left out), or all of them.
+            progress: called after every step with (steps done, steps in all).
+            options: of the preset, such as layers, window, weight or strength.
+
+        Raises:
+            ControlError: fewer than two prompts, an unknown preset or option, or numbers that do not fit together.
+            SelectionError: layers that the model does not have.
+            SceneError: a prompt that the model would cut off, or settings that it does not have.
+        """
+        from attnctrl.attach import as_controls
+        from attnctrl.presets import preset as stack_of
+        from attnctrl.presets import style as measured
+
+        told = _told(prompts, style)
+        if batch is not None and batch < 2:
+            raise ControlError(f"batch must be 2 or more, as the anchor is in every one; found {batch}.")
+        if controls is not None and (preset is not None or options):
+            raise ControlError("Give controls, or a preset and its options, not both.")
+        if controls is not None:
+            acting = list(as_controls(controls))
+        else:
+            acting = stack_of(preset, **options) if preset else measured(self.pipe, **options)
+        negatives = per_text(negative_prompt, len(told), "negative_prompt")
+        common = {
+            "version": 1,
+            "width": width,
+            "height": height,
+            "steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "true_cfg_scale": true_cfg_scale,
+            "controls": entries_of(acting),
+        }
+        scenes = [
+            Scene.from_dict({**common, "prompt": text, "negative_prompt": negative}, None, f"prompt {i}")
+            for i, (text, negative) in enumerate(zip(told, negatives, strict=True))
+        ]
+        self.check_texts(scenes, "prompt")
+        return self._set(scenes, seeds_of(seeds, generator, len(scenes), 1), acting, batch, progress)
+
+    def again(self, record: Mapping[str, Any]) -> ScenePicture:
+        """The picture of a record (`attnctrl.provenance.read`), drawn again beside its anchor.
+
+        Raises:
+            ControlError: the record is not one of a set.
+        """
+        from attnctrl.controls import Control
+
+        told = record.get("set")
+        if not isinstance(told, Mapping) or set(told) != set(_RECORDED):
+            raise ControlError("The record is not that of a picture of a set; draw it with ScenePipeline.")
+        pairs = zip(told["prompts"], told["negative_prompts"], strict=True)
+        own = record["scene"]
+        scenes = [Scene.from_dict({**own, "prompt": text, "negative_prompt": negative}) for text, negative in pairs]
+        acting = [Control.from_dict(entry) for entry in own.get("controls", ())]
+        return self._set(scenes, [[seed] for seed in told["seeds"]], acting, None, None)[-1]
+
+    def _set(
+        self,
+        scenes: Sequence[Scene],
+        seeds: Sequence[Sequence[int]],
+        acting: Sequence[Control],
+        batch: int | None,
+        progress: Progress | None,
+    ) -> list[ScenePicture]:
+        numbers = range(1, len(scenes))
+        each = len(scenes) if batch is None else batch - 1
+        batches = [[0, *numbers[start : start + each]] for start in range(0, len(numbers), each)] or [[0]]
+        pictures: list[ScenePicture] = []
+        for done, chosen in enumerate(batches):
+            # a picture alone has nobody to read
+            controls = acting if len(chosen) > 1 else ()
+            drawn = self.draw(
+                [scenes[i] for i in chosen],
+                [seeds[i] for i in chosen],
+                controls,
+                bool(controls),
+                _counted(progress, done, len(batches)),
+            )
+            pictures += [
+                replace(one, record={**one.record, "set": _recorded([scenes[i] for i in own], [seeds[i] for i in own])})
+                for one, own in zip(drawn, ([0] if i == 0 else [0, i] for i in chosen), strict=True)
+            ][bool(pictures) :]
+        return pictures
+
+
+def _told(prompts: Sequence[str], style: str) -> list[str]:
+    """The prompts with the words of the style.
+
+    Raises:
+        ControlError: there are fewer than two, or one is empty.
+    """
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(listed) < 2:
+        raise ControlError(f"A set has two prompts or more, the first of which gives the style; found {len(listed)}.")
+    if empty := [i for i, text in enumerate(listed) if not text.strip()]:
+        raise ControlError(f"Prompt {empty[0]} is empty; say what that picture shows.")
+    if "{}" in style:
+        return [style.replace("{}", text) for text in listed]
+    return [f"{text}, {style}" if style else text for text in listed]
+
+
+def _recorded(scenes: Sequence[Scene], seeds: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a picture is made of beside its scene: the anchor's words and seed, and its own."""
+    values = (
+        [scene.prompt for scene in scenes],
+        [scene.negative_prompt for scene in scenes],
+        [seed for own in seeds for seed in own],
+    )
+    return dict(zip(_RECORDED, values, strict=True))
+
+
+def _counted(progress: Progress | None, done: int, batches: int) -> Progress | None:
+    """Steps of one batch of several as steps of all of them."""
+    if progress is None:
+        return None
+    return lambda step, steps: progress(done * steps + step, batches * steps)
