@@ -118,11 +118,11 @@ def key_sizes(module: Any) -> tuple[int, int]:
     Raises:
         UnsupportedModelError: when it does not tell.
     """
-    query, key, heads = (getattr(module, name, None) for name in ("to_q", "to_k", "heads"))
-    if not hasattr(key, "out_features") or not hasattr(query, "out_features") or not heads:
+    query, key = (getattr(getattr(module, name, None), "out_features", 0) for name in ("to_q", "to_k"))
+    heads = getattr(module, "heads", 0)
+    if not (query and key and heads):
         raise UnsupportedModelError(
             f"{type(module).__name__} does not tell the size of its keys (to_q, to_k, heads), so what a bank will take "
             "cannot be told. Capture one step and look at bank.nbytes."
         )
-    width = query.out_features // heads
-    return key.out_features, key.out_features // width
+    return key, key // (query // heads)
