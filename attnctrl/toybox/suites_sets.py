@@ -149,11 +149,3 @@ STYLE = Suite(
     better={"set_consistency": "higher", "same_style": "higher"},
     fidelity=fidelity,
 )
-REPOSITION = Suite(
-    name="reposition",
-    sample=sample_reposition,
-    pictures=_pictures,
-    values=reposition_values,
-    better=dict.fromkeys(("identity_similarity", "same_place", "near", "far", "far_and_small"), "higher"),
-    fidelity=fidelity,
-)
