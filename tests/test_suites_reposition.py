@@ -69,13 +69,18 @@ def test_a_cut_subject_stands_at_its_new_place():
         assert max(np.ptp(columns), np.ptp(rows)) > (x1 - x0) - 4
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipes.sd])
-def test_every_way_runs_and_leaves_first_pictures_alone(make):
-    runner = Runner(make(), size=(32, 32), steps=1, batch=5)
-    seen = []
-    found = measure(suite.REPOSITION, runner, "tiny", 2, None, Options(variants=True, rows=True, grid=seen.append))
+def test_the_suite_measures_every_way(monkeypatch):
+    monkeypatch.setattr("attnctrl.toybox.suite.time_ratio", lambda *_: 1.0)
+    runner, seen = Runner(tiny_pipeline(), size=(32, 32), steps=1, batch=5), []
+    found = measure(suite.REPOSITION, runner, "tiny", 1, None, Options(variants=True, grid=seen.append))
     assert {"slope", "shared.slope", "resample.slope", "canvas.slope"} <= set(found["metrics"])
     assert all(entry["controlled"] is not None for entry in found["metrics"].values())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipes.sd])
+def test_first_pictures_are_the_plain_ones_and_others_are_not(make):
+    runner = Runner(make(), size=(32, 32), steps=1, batch=4)
     task, seed = suite.REPOSITION.task("test", 0)
     wanted = suite.pictures(task, seed)
     plain = runner.draw([one.prompt for one in wanted], [one.seed for one in wanted])
@@ -84,4 +89,7 @@ def test_every_way_runs_and_leaves_first_pictures_alone(make):
         drawn = draw(runner, wanted, told.append)
         assert len(drawn) == sum(told) == 5
         assert np.array_equal(drawn[0], plain[0])
-        assert not np.array_equal(drawn[1:], plain[1:])
+        assert all(not np.array_equal(a, b) for a, b in zip(drawn[1:], plain[1:], strict=True))
+    # nothing is read: what is kept are the pictures that were asked for, not the canvases' rows
+    unread = suite.on_canvas(runner, wanted, strength=0.0)
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(unread, plain, strict=True)) <= 1
