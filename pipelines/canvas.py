@@ -131,9 +131,11 @@ def _paste(ground: Image.Image, one: Cutout, picture: Image.Image) -> None:
     share = coverage(one.subject, (picture.height, picture.width)).numpy()
     cut.putalpha(Image.fromarray(np.rint(255 * share).astype(np.uint8)))
     # what lies beyond the extent must not blur into it
-    around = (floor(source[0]), floor(source[1]), ceil(source[2]), ceil(source[3]))
-    inside = tuple(edge - around[n % 2] for n, edge in enumerate(source))
-    moved = cut.crop(around).resize((wide, tall), Image.Resampling.LANCZOS, box=inside)
+    x0, y0, x1, y1 = source
+    left, top = floor(x0), floor(y0)
+    whole = cut.crop((left, top, ceil(x1), ceil(y1)))
+    inside = (x0 - left, y0 - top, x1 - left, y1 - top)
+    moved = whole.resize((wide, tall), Image.Resampling.LANCZOS, box=inside)
     ground.paste(moved, (round(how.target[1] - wide / 2), round(how.target[0] - tall / 2)), moved)
 
 

@@ -87,3 +87,14 @@ def test_the_page_of_sharing_runs() -> None:
     assert (told.steps, told.rows) == ((0, 1), (("cond", 0), ("uncond", 0)))
     assert len(names["images"]) == 4
     exec(second, names)
+
+
+def test_the_page_of_reposition_runs() -> None:
+    names: dict = {}
+    turned, placed = blocks("reposition.md")
+    exec(turned, names)
+    share, reposition = names["handle"].report().controls
+    assert share.steps == reposition.steps == (0, 1)
+    exec(placed, names)
+    assert len(names["kept"]) == 1
+    assert names["pins"].forwards == 2

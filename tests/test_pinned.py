@@ -171,6 +171,7 @@ def test_masks_cut_subjects_out_later_ones_lie_on_top_and_grounds_are_kept():
     half = torch.zeros(8, 8)
     half[:4] = 1
     corner = half.clone()
+    half[1, 6] = 0
     corner[:, 4:] = 0
     ground = picture(2, (8, 8))
     place = ac.Region(box=(0, 0, 1, 0.5))
@@ -180,7 +181,8 @@ def test_masks_cut_subjects_out_later_ones_lie_on_top_and_grounds_are_kept():
     ]
     made = np.asarray(canvas(cuts, (8, 8), ground))
     assert (made[:4, :4] == (0, 0, 255)).all()
-    assert (made[:4, 4:] == (255, 0, 0)).all()
+    assert np.array_equal((made[:4, 4:] == (255, 0, 0)).all(-1), (half[:4, 4:] == 1).numpy())
+    assert np.array_equal(made[1, 6], np.asarray(ground)[1, 6])
     assert np.array_equal(made[4:], np.asarray(ground)[4:])
     with pytest.raises(ControlError, match="give `background`"):
         canvas([Cutout(red, ac.Region(), place)], (8, 8))

@@ -29,7 +29,20 @@ Fields = Mapping[str, Mapping[str, Any]]
 """What acts: names of controls and their fields. What belongs to a task, its regions, comes on top."""
 Stack = Callable[["Runner", Sequence["Picture"]], list[attnctrl.Control]]
 """What acts, made for a batch of pictures on a pipeline."""
-Acting = Fields | Stack
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What acts where a batch of the pipeline is more than the pictures that are asked for.
+
+    Attributes:
+        draw: (runner, pictures of whole tasks, called with the number of pictures done) -> images.
+    """
+
+    draw: Callable[[Runner, Sequence[Picture], Callable[[int], None] | None], list[np.ndarray]]
+
+
+Acting = Fields | Stack | Drawing
 Images = Sequence[np.ndarray]
 T = TypeVar("T")
 
@@ -195,7 +208,7 @@ def _single(better: Better, vanilla: float, controlled: float | None = None) -> 
     return {"vanilla": vanilla, "controlled": controlled, "delta": delta, "ci95": None, "better": better}
 
 
-def build_controls(acting: Acting, runner: Runner, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
+def build_controls(acting: Fields | Stack, runner: Runner, pictures: Sequence[Picture]) -> list[attnctrl.Control]:
     """Controls for a batch of pictures, each sample with its own regions."""
     if callable(acting):
         return acting(runner, pictures)
@@ -208,15 +221,17 @@ def _draw(
     runner: Runner, wanted: Sequence[Sequence[Picture]], acting: Acting, tick: Callable[[int], None]
 ) -> list[Images]:
     """Images of each task."""
-    images = _pictures(runner, [one for pictures in wanted for one in pictures], acting, tick, len(wanted))
+    images = draw_pictures(runner, [one for pictures in wanted for one in pictures], acting, tick, len(wanted))
     each = len(wanted[0])
     return [images[at : at + each] for at in range(0, len(images), each)]
 
 
-def _pictures(
+def draw_pictures(
     runner: Runner, wanted: Sequence[Picture], acting: Acting, done: Any = None, tasks: int = 1
 ) -> list[np.ndarray]:
     """Images of the pictures of so many tasks. Pictures of a task that show equally many references share a batch."""
+    if isinstance(acting, Drawing):
+        return acting.draw(runner, wanted, done)
     images: dict[int, np.ndarray] = {}
     for count in sorted({len(one.references) for one in wanted}):
         places = [index for index, one in enumerate(wanted) if len(one.references) == count]
@@ -226,7 +241,7 @@ def _pictures(
     return [images[index] for index in range(len(wanted))]
 
 
-def _alike(runner: Runner, wanted: Sequence[Picture], acting: Acting, done: Any) -> list[np.ndarray]:
+def _alike(runner: Runner, wanted: Sequence[Picture], acting: Fields | Stack, done: Any) -> list[np.ndarray]:
     """Images of pictures with equally many references."""
 
     def around(start: int, stop: int) -> Any:
@@ -242,10 +257,13 @@ def _alike(runner: Runner, wanted: Sequence[Picture], acting: Acting, done: Any)
 
 
 def time_ratio(runner: Runner, wanted: Sequence[Sequence[Picture]], acting: Acting, repeats: int = 5) -> float:
-    """Seconds of a batch of pictures of four steps, with control over without: medians of an interleaved run."""
-    pictures = [one for task in wanted for one in task][: runner.batch]
+    """Seconds of a batch of whole tasks in four steps, with control over without: medians of an interleaved run."""
+    pictures = [one for task in wanted[: max(1, runner.batch // len(wanted[0]))] for one in task]
     short = runner.with_steps(4)
-    calls = {"plain": lambda: _pictures(short, pictures, {}), "steered": lambda: _pictures(short, pictures, acting)}
+    calls = {
+        "plain": lambda: draw_pictures(short, pictures, {}),
+        "steered": lambda: draw_pictures(short, pictures, acting),
+    }
     seconds = interleaved(calls, repeats)
     return seconds["steered"] / seconds["plain"]
 
@@ -255,7 +273,7 @@ def _memory(runner: Runner, wanted: Sequence[Sequence[Picture]], acting: Acting)
     short = runner.with_steps(2)
 
     def run(steering: Acting) -> int:
-        return peak_bytes(lambda: _pictures(short, wanted[0], steering))
+        return peak_bytes(lambda: draw_pictures(short, wanted[0], steering))
 
     return run(acting) / run({})
 

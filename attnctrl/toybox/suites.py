@@ -11,9 +11,10 @@ from .suites_guidance import GUIDANCE
 from .suites_layout import ISOLATION, LAYOUT
 from .suites_model import model_suite
 from .suites_references import REFERENCES
+from .suites_reposition import REPOSITION
 from .suites_run import Progress, Runner
 from .suites_scorer import scorer_suite
-from .suites_sets import REPOSITION, STYLE, SUBJECTS
+from .suites_sets import STYLE, SUBJECTS
 
 PAIRED: dict[str, Suite[Any]] = {
     suite.name: suite for suite in (LAYOUT, ISOLATION, REFERENCES, SUBJECTS, REPOSITION, STYLE, GUIDANCE)

@@ -188,11 +188,3 @@ STYLE = Suite(
     controls=style_control,
     variants=style_variants,
 )
-REPOSITION = Suite(
-    name="reposition",
-    sample=sample_reposition,
-    pictures=_pictures,
-    values=reposition_values,
-    better=dict.fromkeys(("identity_similarity", "same_place", "near", "far", "far_and_small"), "higher"),
-    fidelity=fidelity,
-)
