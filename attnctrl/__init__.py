@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import Handle, attach
-    from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share
+    from .controls import (
+        Control,
+        GroupIsolation,
+        Harmonize,
+        Isolate,
+        OpenTexts,
+        Perturb,
+        RegionModulation,
+        Regions,
+        Share,
+    )
     from .errors import (
         AssetError,
         AttnCtrlError,
@@ -54,6 +64,7 @@ __all__ = [
     "Explanation",
     "GroupIsolation",
     "Handle",
+    "Harmonize",
     "Isolate",
     "IsolationAttnProcessor",
     "LayoutError",
@@ -90,6 +101,7 @@ _HOMES = {
     "controls": (
         "Control",
         "GroupIsolation",
+        "Harmonize",
         "Isolate",
         "OpenTexts",
         "Perturb",

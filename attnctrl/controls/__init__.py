@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import CONTROLS, Control
+from .harmony import Harmonize
 from .isolation import Isolate
 from .lamic import GroupIsolation, RegionModulation
 from .perturb import Perturb
@@ -13,6 +14,7 @@ __all__ = [
     "CONTROLS",
     "Control",
     "GroupIsolation",
+    "Harmonize",
     "Isolate",
     "OpenTexts",
     "Perturb",

@@ -53,6 +53,8 @@ class Control:
     """The texts of its regions are appended to the model's text sequence while the control acts."""
     shares: ClassVar[bool] = False
     """Rows read keys and values of other pictures of the batch while it acts, see `reads`."""
+    compares: ClassVar[bool] = False
+    """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
 
@@ -119,8 +121,12 @@ class Control:
         """Something is drawn anew at every step."""
         return False
 
+    def opens(self, layer: Layer, draw: int) -> bool:
+        """Whether it acts in a selected layer at the step with this number of draws."""
+        return True
+
     def reads(self, image: int, images: int) -> tuple[int, ...]:
-        """The other pictures, of `images` in the branch, that picture `image` reads; of sharing controls alone."""
+        """The other pictures, of `images` in the branch, that `image` reads; where the control shares or compares."""
         return ()
 
     def move(self, number: int, grid: Grid | None, rotary: Rotary | None) -> Move | None:
