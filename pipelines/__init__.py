@@ -8,8 +8,20 @@ from attnctrl.pipelines.base import ScenePicture
 from attnctrl.pipelines.layout import LayoutPipeline, Subject
 from attnctrl.pipelines.scene import ScenePipeline
 from attnctrl.pipelines.settings import Settings
+from attnctrl.pipelines.subjects import Character, MultiSubjectPipeline, Shot, Story
 
-__all__ = ["LayoutPipeline", "ScenePicture", "ScenePipeline", "Settings", "Subject", "with_references"]
+__all__ = [
+    "Character",
+    "LayoutPipeline",
+    "MultiSubjectPipeline",
+    "ScenePicture",
+    "ScenePipeline",
+    "Settings",
+    "Shot",
+    "Story",
+    "Subject",
+    "with_references",
+]
 
 
 def __getattr__(name: str) -> Any:

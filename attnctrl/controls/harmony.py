@@ -99,7 +99,7 @@ class Harmony:
         device = call.out.device
         rows = torch.arange(len(batch.out), device=device) if call.rows is None else call.rows
         place = self.situation.frame.queries["image"]
-        span, grid = slice(place.start, place.stop), place.grid
+        span, grid = slice(place.start, place.stop), self.situation.frame.queries.grid
         states: Tensor = getattr(batch, control.features)
 
         def described(of: Tensor, held: Tensor) -> Tensor:
@@ -143,9 +143,8 @@ def _weights(cosines: Tensor, floor: float, temperature: float) -> Tensor:
     return torch.where(there, (found / temperature).softmax(0), 0.0)
 
 
-def _smoothed(features: Tensor, held: Tensor, grid: Grid | None, radius: int) -> Tensor:
+def _smoothed(features: Tensor, held: Tensor, grid: Grid, radius: int) -> Tensor:
     """Means of features [b, tokens, channels] over neighbours that are `held`; frames of a film stay apart."""
-    assert grid is not None  # pictures have one
     height, width = grid[-2:]
     maps = torch.cat([features * held[:, None], held[None, :, None].expand(len(features), -1, 1).float()], dim=-1)
     planes = maps.reshape(-1, height, width, maps.shape[-1]).permute(0, 3, 1, 2)

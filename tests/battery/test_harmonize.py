@@ -21,7 +21,9 @@ def ground(setting: Any, kinds: Any, scene: Any) -> list[frozenset[str]]:
     return [subjects(scene, one) if one.kind == "image" else frozenset() for one in sides_of(setting, kinds, scene)[0]]
 
 
-def expected(setting: Any, call: Kernel, kinds: Any, reads: Reads, *, share: float, floor: float, heat: float) -> Tensor:
+def expected(
+    setting: Any, call: Kernel, kinds: Any, reads: Reads, *, share: float, floor: float, heat: float
+) -> Tensor:
     """Of all rows [B, tokens, H, D] in float64."""
     out, value = call.plain().double(), call.value.double().flatten(2)
     told = [ground(setting, kinds, scene) for scene in SCENES]
@@ -101,9 +103,10 @@ def test_full_weight_of_one_match_is_the_other_picture_before_any_update() -> No
     call, _ = first(setting, ac.Harmonize(whole, **{**NOW, "floor": -1.0}, strength=1.0, temperature=0.0))
     plain, value = call.plain(), call.value.double().flatten(2)
     for image in range(2):
-        close = torch.nn.functional.normalize(value[image], dim=-1) @ torch.nn.functional.normalize(
-            value[1 - image], dim=-1
-        ).mT
+        close = (
+            torch.nn.functional.normalize(value[image], dim=-1)
+            @ torch.nn.functional.normalize(value[1 - image], dim=-1).mT
+        )
         assert (call.out[image] - plain[1 - image, close.argmax(-1)]).abs().max() < 1e-5
 
 
