@@ -80,7 +80,7 @@ class Story:
 
 
 class MultiSubjectPipeline(Wrapper):
-    """Draws a cast in several scenes on a pipeline, the user's own or one loaded by name. The pipeline stays what it is.
+    """Draws a cast in several scenes on a pipeline, the user's own or one loaded by name, which stays what it is.
 
     A run is `rehearse`, then `perform`; `more` goes on with new shots.
     """
