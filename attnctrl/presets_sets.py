@@ -16,13 +16,13 @@ from .schedule import Window
 
 __all__ = ["SETS", "consistory", "ir_diffusion", "scene", "storydiffusion", "storysync", "subjects"]
 
-_AFTER_THE_FIRST: Window = (0.02, 1.0)
+_AFTER_THE_FIRST = (0.02, 1.0)
 """All steps of fifty but the first one."""
 
 
-def _read(anchors: int | None) -> dict[str, Any]:
-    """Who reads: all each other, or all the first pictures."""
-    return {} if anchors is None else {"readers": "anchors", "anchors": anchors}
+def _read(anchors: int | None, group: int | None) -> dict[str, Any]:
+    """Who reads: all each other, or all the first pictures; of the batch, or of groups of so many."""
+    return {"group": group, **({} if anchors is None else {"readers": "anchors", "anchors": anchors})}
 
 
 def subjects(
@@ -33,6 +33,7 @@ def subjects(
     window: Window = (0.1, 1.0),
     apart: Window = (0.1, 0.5),
     anchors: int | None = None,
+    group: int | None = None,
 ) -> list[Control]:
     """Ours: subjects read their namesakes in all other pictures, with more weight than themselves; those of different
     names do not see each other for the first half.
@@ -41,20 +42,27 @@ def subjects(
         window: of reading; what comes before it decides where things stand.
         apart: of the isolation, which is there where some picture has several subjects.
         anchors: so many pictures at the beginning are read; None lets all read each other.
+        group: so many pictures that follow each other are a set; None makes one of the batch.
     """
     several = any(len({region.label for region in scene}) > 1 for scene in scenes_of(regions, "regions"))
     isolate = Isolate(regions, overlap=overlap, background="shared", text=False, branch="all", window=apart)
-    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors)}
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
     share = Share(regions, tokens="subject", queries="same", weight=weight, window=window, **told)
     return [isolate, share] if several else [share]
 
 
 def consistory(
-    regions: Any, *, overlap: Overlap = "union", anchors: int = 2, ratio: float = 0.5, seed: int = 0
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    anchors: int = 2,
+    group: int | None = None,
+    ratio: float = 0.5,
+    seed: int = 0,
 ) -> list[Control]:
     """ConsiStory (arXiv 2402.03286): all tokens read half of the anchors' subjects, and subjects take in the outputs of
     the tokens that they match there."""
-    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors)}
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
     return [
         Share(regions, tokens="subject", ratio=ratio, seed=seed, window=_AFTER_THE_FIRST, **told),
         Harmonize(regions, temperature=0.0, **told),
@@ -62,39 +70,57 @@ def consistory(
 
 
 def storydiffusion(
-    regions: Any = (), *, overlap: Overlap = "union", anchors: int = 4, ratio: float = 0.5, seed: int = 0
+    regions: Any = (),
+    *,
+    overlap: Overlap = "union",
+    anchors: int = 4,
+    group: int | None = None,
+    ratio: float = 0.5,
+    seed: int = 0,
 ) -> list[Control]:
     """StoryDiffusion (arXiv 2405.01434): half of all tokens of the first pictures are read, in seven layers of ten at
     first, later in nine. It asks for no regions."""
-    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors)}
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
     phases = ((0.7, (_AFTER_THE_FIRST[0], 0.4)), (0.9, (0.4, 1.0)))
     return [Share(regions, ratio=ratio, seed=seed, gate=gate, window=window, **told) for gate, window in phases]
 
 
 def storysync(
-    regions: Any, *, overlap: Overlap = "union", anchors: int | None = None, ratio: float = 0.5, seed: int = 0
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    anchors: int | None = None,
+    group: int | None = None,
+    ratio: float = 0.5,
+    seed: int = 0,
 ) -> list[Control]:
     """StorySync (arXiv 2508.03735), as far as it is published: subjects are read by all pictures, and blended where
     small regions of them match."""
-    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors)}
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
     return [
         Share(regions, tokens="subject", ratio=ratio, seed=seed, window=_AFTER_THE_FIRST, **told),
         Harmonize(regions, radius=1, **told),
     ]
 
 
-def scene(regions: Any, *, overlap: Overlap = "union", anchors: int = 2) -> list[Control]:
+def scene(regions: Any, *, overlap: Overlap = "union", anchors: int = 2, group: int | None = None) -> list[Control]:
     """SceneDecorator (arXiv 2510.22994): what is behind the subjects of the first pictures is read by all."""
-    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors)}
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
     return [Share(regions, tokens="background", window=_AFTER_THE_FIRST, **told)]
 
 
 def ir_diffusion(
-    regions: Any, *, overlap: Overlap = "union", anchors: int = 2, query_ratio: float = 0.5, seed: int = 0
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    anchors: int = 2,
+    group: int | None = None,
+    query_ratio: float = 0.5,
+    seed: int = 0,
 ) -> list[Control]:
     """IR-Diffusion (arXiv 2411.19261) without its reposition: subjects of one picture do not see each other, and half
     of the tokens of each read their namesake in the first pictures."""
-    told: dict[str, Any] = {"overlap": overlap, **_read(anchors)}
+    told: dict[str, Any] = {"overlap": overlap, **_read(anchors, group)}
     return [
         Isolate(regions, overlap=overlap, background="shared", text=False, branch="all"),
         Share(regions, tokens="subject", queries="same", query_ratio=query_ratio, seed=seed, layers="shared", **told),

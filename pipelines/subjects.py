@@ -246,8 +246,8 @@ class MultiSubjectPipeline(Wrapper):
         else:
             limit = self.settings(scenes[0]).max_sequence_length
             prompts = [shot.prompt for shot in shots]
-            told = {"layers": layers, "window": window, "max_sequence_length": limit}
-            with record(self.pipe, read, prompt=prompts, **told) as found:
+            reading = record(self.pipe, read, prompt=prompts, layers=layers, window=window, max_sequence_length=limit)
+            with reading as found:
                 pictures = self.draw(scenes, seeds, [], False, progress)
             heats = {name: found[name] for name in read}
         regions = tuple(
