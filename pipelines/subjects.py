@@ -269,7 +269,10 @@ class MultiSubjectPipeline(Wrapper):
         pictures = self.draw(rehearsal.scenes, seeds, acting, bool(acting), progress)
         story = {
             "cast": [asdict(one) for one in rehearsal.cast],
-            "shots": [{**asdict(shot), "boxes": {k: list(v) for k, v in shot.boxes.items()}} for shot in rehearsal.shots],
+            "shots": [
+                {**asdict(shot), "boxes": {name: list(box) for name, box in shot.boxes.items()}}
+                for shot in rehearsal.shots
+            ],
             "preset": preset,
             "options": dict(options),
         }  # fmt: skip

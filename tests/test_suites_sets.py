@@ -114,7 +114,7 @@ def test_subjects_are_steered_where_a_plain_run_finds_them():
 
     runner = Runner(tiny_pipeline(), size=(64, 64), steps=2, batch=8)
     pictures = [one for n in range(2) for one in sets.SUBJECTS.pictures(*sets.SUBJECTS.task("tune", n))]
-    (share, *more) = sets.SUBJECTS.controls(runner, pictures)
+    share = sets.SUBJECTS.controls(runner, pictures)[0]
     assert (share.name, share.group, share.layers) == ("share", 4, "shared")
     words = [one.worded[0].prompt for one in pictures]
     assert all(word in one.prompt for word, one in zip(words, pictures, strict=True))
