@@ -9,12 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .attach import parts_of
 from .controls import Control, Harmonize, Isolate, Share
 from .controls.base import scenes_of
+from .families import family_of
 from .region import Overlap
 from .schedule import Window
 
-__all__ = ["SETS", "consistory", "ir_diffusion", "scene", "storydiffusion", "storysync", "subjects"]
+__all__ = [
+    "CHOSEN",
+    "SETS",
+    "chosen_options",
+    "consistory",
+    "ir_diffusion",
+    "scene",
+    "storydiffusion",
+    "storysync",
+    "subjects",
+]
 
 _AFTER_THE_FIRST = (0.02, 1.0)
 """All steps of fifty but the first one."""
@@ -29,26 +41,33 @@ def subjects(
     regions: Any,
     *,
     overlap: Overlap = "union",
-    weight: float = 2.0,
-    window: Window = (0.1, 1.0),
+    weight: float = 1.0,
+    window: Window = (0.3, 1.0),
+    harmony: float = 0.0,
     apart: Window = (0.1, 0.5),
     anchors: int | None = None,
     group: int | None = None,
 ) -> list[Control]:
-    """Ours: subjects read their namesakes in all other pictures, with more weight than themselves; those of different
-    names do not see each other for the first half.
+    """Ours: subjects read their namesakes in all other pictures; those of different names do not see each other for the
+    first half.
 
     Args:
+        weight: of the namesakes' tokens against the picture's own.
         window: of reading; what comes before it decides where things stand.
+        harmony: strength of `Harmonize` on top, from a tenth of the run to six tenths; 0 is not there.
         apart: of the isolation, which is there where some picture has several subjects.
         anchors: so many pictures at the beginning are read; None lets all read each other.
         group: so many pictures that follow each other are a set; None makes one of the batch.
     """
-    several = any(len({region.label for region in scene}) > 1 for scene in scenes_of(regions, "regions"))
-    isolate = Isolate(regions, overlap=overlap, background="shared", text=False, branch="all", window=apart)
     told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
-    share = Share(regions, tokens="subject", queries="same", weight=weight, window=window, **told)
-    return [isolate, share] if several else [share]
+    several = any(len({region.label for region in scene}) > 1 for scene in scenes_of(regions, "regions"))
+    stack: list[Control] = []
+    if several:
+        stack.append(Isolate(regions, overlap=overlap, background="shared", text=False, branch="all", window=apart))
+    stack.append(Share(regions, tokens="subject", queries="same", weight=weight, window=window, **told))
+    if harmony:
+        stack.append(Harmonize(regions, strength=harmony, window=(0.1, 0.6), floor=0.5, **told))
+    return stack
 
 
 def consistory(
@@ -135,3 +154,13 @@ SETS: Mapping[str, Callable[..., list[Control]]] = {
     "scene": scene,
     "ir-diffusion": ir_diffusion,
 }
+
+CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("subjects", "unet"): {"weight": 2.0, "window": (0.1, 1.0), "harmony": 0.8},
+}
+"""By preset and family: options that were measured better on its embedded model than the preset's own."""
+
+
+def chosen_options(name: str, pipe: Any) -> dict[str, Any]:
+    """The options with which a pipeline or model is given a preset unless its user says otherwise."""
+    return dict(CHOSEN.get((name, family_of(parts_of(pipe)[0]).name), {}))

@@ -168,15 +168,16 @@ class MultiSubjectPipeline(Wrapper):
 
         Args:
             preset: one of `attnctrl.presets_sets.SETS`.
-            options: of the preset.
+            options: of the preset; the others are those chosen for the model's family.
             progress: called after every step.
 
         Raises:
             ControlError: an unknown preset or option.
         """
         from attnctrl.presets import preset as stack_of
+        from attnctrl.presets_sets import chosen_options
 
-        options = dict(options or {})
+        options = {**chosen_options(preset, self.pipe), **(options or {})}
         acting = stack_of(preset, [list(own) for own in rehearsal.regions], **options) if _known(rehearsal) else []
         pictures = self._drawn(rehearsal, acting, preset, options, progress)
         anchors = _read_by_others(acting, len(rehearsal.shots))

@@ -13,6 +13,7 @@ from attnctrl.pipelines.masks import MaskWarning, attended
 import attnctrl as ac
 from attnctrl import maps
 from attnctrl.errors import ControlError, SceneError, UnsupportedModelError
+from attnctrl.presets_sets import chosen_options
 from attnctrl.scene import Scene
 from attnctrl.toybox.models.flux import tiny_pipeline
 
@@ -56,8 +57,10 @@ def test_a_story_is_a_rehearsal_and_a_run_with_the_presets_controls(kind):
         assert np.abs(pixels(alone) - pixels(picture)).max() <= 1
         assert not picture.controlled
     # the run is the preset on these regions
-    stack = ac.preset("subjects", [list(own) for own in rehearsal.regions])
-    assert [one.name for one in stack] == ["isolate", "share"]
+    options = chosen_options("subjects", pipe.pipe)
+    stack = ac.preset("subjects", [list(own) for own in rehearsal.regions], **options)
+    assert [one.name for one in stack] == ["isolate", "share", *(["harmonize"] if kind == "unet" else [])]
+    assert story.options == options
     again = pipe.draw(rehearsal.scenes, [[5], [7], [7]], stack, True, None)
     for one, two, plain in zip(story.pictures, again, rehearsal.pictures, strict=True):
         assert (pixels(one) == pixels(two)).all()

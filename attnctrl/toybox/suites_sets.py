@@ -16,6 +16,7 @@ import numpy as np
 from attnctrl.controls import Control
 from attnctrl.metrics import identity_similarity, set_consistency
 from attnctrl.presets import preset
+from attnctrl.presets_sets import chosen_options
 from attnctrl.region import Region
 
 from . import world
@@ -98,7 +99,7 @@ def rehearsed(runner: Runner, pictures: Sequence[Picture], name: str, **options:
         [] if lost else [Region(name=word, mask=mask)]
         for word, mask, lost in zip(words, masks, undecided.tolist(), strict=True)
     ]
-    return preset(name, regions, group=SET, **options)
+    return preset(name, regions, group=SET, **{**chosen_options(name, runner.pipe), **options})
 
 
 def _identities(task: Task, images: Images) -> list[np.ndarray | None]:
