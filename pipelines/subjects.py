@@ -177,7 +177,9 @@ class MultiSubjectPipeline(Wrapper):
         from attnctrl.presets import preset as stack_of
         from attnctrl.presets_sets import chosen_options
 
-        options = {**chosen_options(preset, self.pipe), **(options or {})}
+        names = [{region.name for region in own} for own in rehearsal.regions]
+        chosen = chosen_options(preset, self.pipe, leading=names[0] >= set().union(*names))
+        options = {**chosen, **(options or {})}
         acting = stack_of(preset, [list(own) for own in rehearsal.regions], **options) if _known(rehearsal) else []
         pictures = self._drawn(rehearsal, acting, preset, options, progress)
         anchors = _read_by_others(acting, len(rehearsal.shots))

@@ -57,7 +57,7 @@ def test_a_story_is_a_rehearsal_and_a_run_with_the_presets_controls(kind):
         assert np.abs(pixels(alone) - pixels(picture)).max() <= 1
         assert not picture.controlled
     # the run is the preset on these regions
-    options = chosen_options("subjects", pipe.pipe)
+    options = chosen_options("subjects", pipe.pipe, leading=False)
     stack = ac.preset("subjects", [list(own) for own in rehearsal.regions], **options)
     assert [one.name for one in stack] == ["isolate", "share", *(["harmonize"] if kind == "unet" else [])]
     assert story.options == options
@@ -91,6 +91,15 @@ def test_new_shots_leave_the_story_as_it_was_and_read_it(kind):
     # and a story goes on more than once
     third = pipe.more(more, new[:1]).pictures[0]
     assert (pixels(third) == pixels(alone)).all()
+
+
+def test_a_first_shot_with_everybody_is_the_one_that_others_read():
+    """On joint attention; a UNet's pictures, and those of a cast that comes in later, read each other."""
+    everybody = [SHOTS[1], SHOTS[0], SHOTS[2]]
+    found = {kind: wrapped(kind)(CAST, everybody, **SIZES) for kind in PIPES}
+    assert {kind: story.anchors for kind, story in found.items()} == {"unet": 3, "sd3": 1, "flux": 1}
+    assert found["flux"].options == {"anchors": 1}
+    assert wrapped("flux")(CAST, everybody, options={"anchors": None}, **SIZES).anchors == 3
 
 
 def test_who_has_no_box_is_where_attention_to_the_words_is():

@@ -99,7 +99,7 @@ def rehearsed(runner: Runner, pictures: Sequence[Picture], name: str, **options:
         [] if lost else [Region(name=word, mask=mask)]
         for word, mask, lost in zip(words, masks, undecided.tolist(), strict=True)
     ]
-    return preset(name, regions, group=SET, **{**chosen_options(name, runner.pipe), **options})
+    return preset(name, regions, group=SET, **{**chosen_options(name, runner.pipe, leading=True), **options})
 
 
 def _identities(task: Task, images: Images) -> list[np.ndarray | None]:
