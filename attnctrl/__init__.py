@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .controls import (
         Control,
         GroupIsolation,
+        Harmonize,
         Isolate,
         Keep,
         OpenTexts,
@@ -69,6 +70,7 @@ __all__ = [
     "Explanation",
     "GroupIsolation",
     "Handle",
+    "Harmonize",
     "Isolate",
     "IsolationAttnProcessor",
     "Keep",
@@ -110,6 +112,7 @@ _HOMES = {
     "controls": (
         "Control",
         "GroupIsolation",
+        "Harmonize",
         "Isolate",
         "Keep",
         "OpenTexts",

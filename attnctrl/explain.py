@@ -239,7 +239,7 @@ def _by_acting(stack: Stack, variant: Variant) -> dict[tuple[str, tuple[int, ...
     groups: dict[tuple[str, tuple[int, ...]], list[Layer]] = {}
     everywhere = (None,) * len(stack.seats)
     for layer in stack.layers:
-        groups.setdefault((layer.frame, stack.acting(variant, layer.name, everywhere)), []).append(layer)
+        groups.setdefault((layer.frame, stack.acting(variant, layer, everywhere)), []).append(layer)
     return groups
 
 

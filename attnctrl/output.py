@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,10 +16,19 @@ from .content import States
 from .execute import ExecutionPlan
 from .sources import Sources
 
-__all__ = ["Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
+__all__ = ["Batch", "Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
 
 Run = Callable[..., Tensor]
 """(plan or None, query, key, value, mask, scale) -> the attention of some rows."""
+
+
+class Batch(NamedTuple):
+    """A kernel call of all rows, [B, heads, tokens, D] each: what it was given, and what it gave before any output."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +44,8 @@ class Executed:
         planned: controls of visibility act on this call as well.
         attend: (query [B, H, Tq, D], scale) -> the attention of another query over the same keys, under the same mask
             and visibility. Where `alike`, a query [B, H, 1, D] will do.
+        rows: int64 [B], which rows of the batch these are; None for all of them.
+        batch: all rows, for outputs that compare pictures.
     """
 
     query: Tensor
@@ -45,6 +56,8 @@ class Executed:
     scale: float | None
     planned: bool
     attend: Callable[[Tensor, float | None], Tensor]
+    rows: Tensor | None
+    batch: Batch
 
     @property
     def alike(self) -> bool:
@@ -83,6 +96,7 @@ def edited(
         mask: the model's own, 4D.
         run: executes some rows again, for `Executed.attend`.
     """
+    batch = Batch(*own, out)
     for rows, plan, sources, edits in outputs:
         if not edits:
             continue
@@ -93,7 +107,8 @@ def edited(
         def attend(other: Tensor, other_scale: float | None, plan: Any = plan, read: Any = read) -> Tensor:
             return run(plan, other, *read, other_scale)
 
-        call = Executed(query, key, value, _taken(out, rows), own_mask, scale, plan is not None, attend)
+        mine = query, key, value, _taken(out, rows)
+        call = Executed(*mine, own_mask, scale, plan is not None, attend, rows, batch)
         for edit in edits:
             call = replace(call, out=edit(call))
         out = call.out if rows is None else out.index_copy(0, rows, call.out)

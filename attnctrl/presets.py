@@ -18,6 +18,7 @@ from .controls.base import scenes_of
 from .controls.lamic import Hubs
 from .errors import ControlError
 from .families import family_of
+from .presets_sets import SETS
 from .region import Overlap, Region
 from .schedule import Window
 
@@ -210,6 +211,7 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "references": references,
     "style-aligned": style_aligned,
     "alignedgen": alignedgen,
+    **SETS,
 }
 
 
@@ -283,4 +285,6 @@ def preset(name: str, regions: Any = (), **options: Any) -> list[Control]:
     try:
         return PRESETS[name](regions, **options)
     except TypeError as error:
-        raise ControlError(f"preset '{name}': {error}. See attnctrl.presets.{PRESETS[name].__name__}.") from error
+        raise ControlError(
+            f"preset '{name}': {error}. See {PRESETS[name].__module__}.{PRESETS[name].__name__}."
+        ) from error

@@ -37,7 +37,6 @@ from pydantic_core import PydanticCustomError
 from attnctrl.errors import LayoutError, UnsupportedModelError
 from attnctrl.scenecheck import build_controls, control_problems, control_schema, problems_of
 from attnctrl.scenefile import (
-    MAX_SCENE_BYTES,
     FileRefused,
     Problem,
     SceneFiles,
@@ -45,8 +44,7 @@ from attnctrl.scenefile import (
     SceneMemory,
     decode_mask,
     decode_picture,
-    parse_yaml,
-    read_bounded,
+    read_document,
     scene_error,
     short,
 )
@@ -77,7 +75,8 @@ def _four(value: Any) -> Any:
     return tuple(value)
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """A list of a file as the tuple that documents hold."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -88,11 +87,13 @@ def _issue(problem: str, found: object, remedy: str) -> PydanticCustomError:
 Box = Annotated[tuple[float, float, float, float], BeforeValidator(_four)]
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """What is read from files: plain values, no unknown keys, never changed."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-class Subject(_Document):
+class Subject(Document):
     """One thing in the picture: what it is, and where (box or mask) or what it looks like (reference)."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, description="what it is, in words")]
@@ -112,7 +113,7 @@ class Subject(_Document):
         return self
 
 
-class Scene(_Document):
+class Scene(Document):
     """A whole picture as data. Load with `load_scene` or `Scene.from_dict`; both check everything, files included."""
 
     version: Annotated[Literal[1], Field(description="version of this format: 1")]
@@ -133,7 +134,7 @@ class Scene(_Document):
     ] = None
     true_cfg_scale: Annotated[Guidance | None, Field(description="FLUX's classifier-free guidance")] = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="seed of the first picture; the next ones count up")] = 0
-    subjects: Annotated[tuple[Subject, ...], BeforeValidator(_listed)] = Field(
+    subjects: Annotated[tuple[Subject, ...], BeforeValidator(listed)] = Field(
         default=(), max_length=MAX_SUBJECTS, description="what stands where"
     )
     background: Annotated[
@@ -151,7 +152,7 @@ class Scene(_Document):
     )
     controls: Annotated[
         Annotated[tuple[dict[str, Any], ...], Field(max_length=MAX_CONTROLS)] | None,
-        BeforeValidator(_listed),
+        BeforeValidator(listed),
         Field(description="a list of {name: ..., parameters}; left out: regions if anything has a place, [] for none"),
     ] = None
 
@@ -376,14 +377,7 @@ def load_scene(path: str | Path) -> Scene:
         SceneError: The file, a key in it or a file it names is not usable; the message says which, and the remedy.
     """
     path = Path(path)
-    try:
-        text = read_bounded(path, MAX_SCENE_BYTES).decode("utf-8-sig")
-    except FileRefused as error:
-        raise scene_error(str(path), [Problem("", str(error), "", error.remedy)]) from error
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} is not UTF-8"
-        raise scene_error(str(path), [Problem("", "not a text file", found, "save it as UTF-8")]) from error
-    return Scene.from_dict(parse_yaml(text, str(path)), SceneFolder(path.parent), str(path))
+    return Scene.from_dict(read_document(path), SceneFolder(path.parent), str(path))
 
 
 def is_model_name(text: str) -> bool:

@@ -186,6 +186,22 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        SceneError: it cannot be read, or as of `parse_yaml`.
+    """
+    try:
+        text = read_bounded(path, MAX_SCENE_BYTES).decode("utf-8-sig")
+    except FileRefused as error:
+        raise scene_error(str(path), [Problem("", str(error), "", error.remedy)]) from error
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is not UTF-8"
+        raise scene_error(str(path), [Problem("", "not a text file", found, "save it as UTF-8")]) from error
+    return parse_yaml(text, str(path))
+
+
 def parse_yaml(text: str, label: str) -> dict[str, Any]:
     """The mapping in a YAML (or JSON) text, plain values only.
 

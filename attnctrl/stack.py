@@ -152,14 +152,14 @@ class Stack(Declared):
 
     def line(self, row: Row, active: tuple[int, ...], images: int, moment: Moment) -> Line:
         """What is told of a row of a branch of so many rows, in which these seats act."""
-        sharing = [one for index in active if (one := self.seats[index].control).shares]
-        if not sharing:
+        joint = [one for index in active if (one := self.seats[index].control).shares or one.compares]
+        if not joint:
             return Line(row.sample, active)
-        banks = tuple(one.recalls.version for one in sharing if one.recalls is not None)
+        banks = tuple(one.recalls.version for one in joint if one.recalls is not None)
         stored = (checked_branch(row.branch), banks) if banks else None
-        draw = 1 + (moment.step or 0) if any(one.draws for one in sharing) else 0
+        draw = 1 + (moment.step or 0) if any(one.draws for one in joint) else 0
         # rows that read banks alone read the same
-        place = (0, 1) if len(banks) == len(sharing) else (row.image, images)
+        place = (0, 1) if len(banks) == len(joint) else (row.image, images)
         return Line(row.sample, active, *place, draw, stored)
 
     def banks(self, active: Sequence[int]) -> tuple[Bank, ...]:
@@ -274,10 +274,11 @@ class Stack(Declared):
         phrases = {number: tuple(regions[number].spans) for number in numbers if regions[number].spans}
         return Words(phrases, self._told(variant.scene, variant.active))
 
-    def acting(self, variant: Variant, layer: str, present: Presence) -> tuple[int, ...]:
+    def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer."""
-        on = ((i, present[i]) for i in variant.active if layer in self.seats[i].layers)
-        return tuple(i for i, layers in on if layers is None or layer in layers)
+        on = ((i, present[i]) for i in variant.active if layer.name in self.seats[i].layers)
+        there = (i for i, layers in on if layers is None or layer.name in layers)
+        return tuple(i for i in there if self.seats[i].control.opens(layer, variant.line.draw))
 
     def plan(
         self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device, host: Host = Host()
@@ -362,8 +363,10 @@ class Stack(Declared):
         asked = [control for control in controls if type(control).output is not Control.output]
         if not asked:
             return ()
-        situation = self.situation(variant, layer.frame)
-        made = (control.output(situation, self.own(control, variant.scene), layer) for control in asked)
+        made = (
+            control.output(self._told_to(control, variant, layer.frame), self.own(control, variant.scene), layer)
+            for control in asked
+        )
         return tuple(one for one in made if one is not None)
 
     def holders(self, variant: Variant, frame: str) -> tuple[tuple[str, ...], Tensor]:
@@ -384,6 +387,12 @@ class Stack(Declared):
         made = (control.content(situation, layer, places) for control in asked)
         return tuple(one for one in made if one is not None)
 
+    def _told_to(self, control: Control, variant: Variant, frame: str) -> Situation:
+        """What a control is told for its output: of the other pictures too, where it compares them."""
+        line, seen = variant.line, variant.frames[frame]
+        apart = not control.compares or "image" not in seen.queries or "image" not in seen.keys
+        return self.situation(variant, frame, () if apart else control.reads(line.image, line.images))
+
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
         """Regions whose text is in the sequence while no control of a layer shows it."""
         shown = {number for number, _ in self.texts(variant.scene, acting)}
@@ -402,7 +411,7 @@ class Stack(Declared):
         made: dict[tuple[Any, ...], tuple[Act, frozenset[int]] | None] = {}
         acts: Acts = {}
         for layer in self.layers:
-            acting = tuple(self.acting(variant, layer.name, present) for variant in rows)
+            acting = tuple(self.acting(variant, layer, present) for variant in rows)
             pairs = list(zip(rows, acting, strict=True))
             outputs = tuple(self.outputs(variant, layer, own) for variant, own in pairs)
             contents = tuple(self.contents(variant, layer, own, device) for variant, own in pairs)

@@ -9,12 +9,17 @@ from attnctrl.pipelines.layout import LayoutPipeline, Subject
 from attnctrl.pipelines.scene import ScenePipeline
 from attnctrl.pipelines.settings import Settings
 from attnctrl.pipelines.style import StylePipeline
+from attnctrl.pipelines.subjects import Character, MultiSubjectPipeline, Shot, Story
 
 __all__ = [
+    "Character",
     "LayoutPipeline",
+    "MultiSubjectPipeline",
     "ScenePicture",
     "ScenePipeline",
     "Settings",
+    "Shot",
+    "Story",
     "StylePipeline",
     "Subject",
     "with_references",

@@ -10,6 +10,7 @@ import pytest
 
 from attnctrl import provenance
 from attnctrl.presets import PRESETS
+from attnctrl.presets_sets import SETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,12 +82,13 @@ def test_the_page_of_perturbed_attention_runs() -> None:
 
 def test_the_page_of_sharing_runs() -> None:
     names: dict = {}
-    first, second = blocks("sharing.md")
+    first, second, third = blocks("sharing.md")
     exec(first, names)
     (told,) = names["handle"].report().controls
     assert (told.steps, told.rows) == ((0, 1), (("cond", 0), ("uncond", 0)))
     assert len(names["images"]) == 4
     exec(second, names)
+    exec(third, names)
 
 
 def test_the_page_of_reposition_runs() -> None:
@@ -98,3 +100,30 @@ def test_the_page_of_reposition_runs() -> None:
     exec(placed, names)
     assert len(names["kept"]) == 1
     assert names["pins"].forwards == 2
+
+
+def test_the_page_of_subjects_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("subjects.md"):
+        exec(block, names)
+    assert len(blocks("subjects.md")) == 4
+    assert (tmp_path / "story.png").is_file()
+    assert [region.box for region in names["rehearsal"].regions[1]] == [(0.25, 0.5, 0.75, 1.0)]
+    assert [region.name for region in names["rehearsal"].regions[0]] == ["ball", "box"]
+    assert [len(names[one].pictures) for one in ("story", "later")] == [2, 1]
+    page = (ROOT / "docs" / "subjects.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", page, flags=re.MULTILINE) == list(SETS)
+
+
+def test_the_story_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The example, and the same story as a file."""
+    from attnctrl.pipelines.storyfile import load_story
+
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(ROOT / "examples" / "story.py"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "later-0.png", "later.png", "story-0.png", "story-1.png", "story-2.png", "story-3.png", "story.png",
+    ]  # fmt: skip
+    told = load_story(ROOT / "examples" / "story.yaml")
+    assert (told.characters, told.pictures, told.seed) == (names["CAST"], names["PANELS"], 4)

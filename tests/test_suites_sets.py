@@ -121,11 +121,30 @@ def test_guidance_is_measured_against_renders():
     assert guidance.values(tasks[0], doubled, doubled)["binding"] < 1
 
 
+def test_subjects_are_steered_where_a_plain_run_finds_them():
+    """The preset's control on masks of attention to the told words, for each cast by itself."""
+    from attnctrl import maps
+
+    runner = Runner(tiny_pipeline(), size=(64, 64), steps=2, batch=8)
+    pictures = [one for n in range(2) for one in sets.SUBJECTS.pictures(*sets.SUBJECTS.task("tune", n))]
+    share = sets.SUBJECTS.controls(runner, pictures)[0]
+    assert (share.name, share.group, share.layers) == ("share", 4, "shared")
+    words = [one.worded[0].prompt for one in pictures]
+    assert all(word in one.prompt for word, one in zip(words, pictures, strict=True))
+    prompts = [one.prompt for one in pictures]
+    with maps.record(runner.pipe, {"it": words}, prompt=prompts, window=(0.3, 1.0), max_sequence_length=40) as found:
+        runner.draw(prompts, [one.seed for one in pictures])
+    for scene, heat, word in zip(share.scenes, found["it"], words, strict=True):
+        assert [(region.label, region.mask.bool().tolist()) for region in scene] == [
+            (word, maps.otsu(heat).masks.tolist())
+        ]
+
+
 @pytest.mark.parametrize("name", ["subjects", "style", "guidance"])
 def test_each_suite_runs_on_a_pipeline(name):
     runner = Runner(tiny_pipeline(), size=(64, 64), steps=1, batch=5)
     found = measure(PAIRED[name], runner, "tiny", 2, None, Options(rows=True))
     assert set(found["metrics"]) >= set(PAIRED[name].better)
-    assert all((entry["controlled"] is None) == (name != "style") for entry in found["metrics"].values())
+    assert all((entry["controlled"] is None) != bool(PAIRED[name].controls) for entry in found["metrics"].values())
     assert len(found["rows"]) == 2
     assert all(np.isfinite(entry["vanilla"]) for entry in found["metrics"].values())

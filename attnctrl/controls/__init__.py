@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import CONTROLS, Control
+from .harmony import Harmonize
 from .isolation import Isolate
 from .keep import Keep
 from .lamic import GroupIsolation, RegionModulation
@@ -16,6 +17,7 @@ __all__ = [
     "CONTROLS",
     "Control",
     "GroupIsolation",
+    "Harmonize",
     "Isolate",
     "Keep",
     "OpenTexts",

@@ -59,6 +59,8 @@ class Control:
     """Rows read keys and values of other pictures while it acts, see `reads` and `recalls`."""
     follows: ClassVar[bool] = False
     """It changes what others share, and acts where they do, see `move`."""
+    compares: ClassVar[bool] = False
+    """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
 
@@ -134,8 +136,12 @@ class Control:
         """Something is drawn anew at every step."""
         return False
 
+    def opens(self, layer: Layer, draw: int) -> bool:
+        """Whether it acts in a selected layer at the step with this number of draws."""
+        return True
+
     def reads(self, image: int, images: int) -> tuple[int, ...]:
-        """The other pictures, of `images` in the branch, that picture `image` reads; of sharing controls alone."""
+        """The other pictures, of `images` in the branch, that `image` reads; where the control shares or compares."""
         return ()
 
     @property

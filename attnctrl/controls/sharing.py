@@ -18,21 +18,21 @@ from ..call import Situation
 from ..errors import ControlError, UnsupportedModelError
 from ..groups import Group
 from ..rotary import Rotary
+from ..select import Layer
 from ..sources import Move
 from ..visibility import Visibility, compose
 from .base import CODE_ONLY, Branch
-from .regional import Regional
+from .joined import Joined, Readers
 
 __all__ = ["Positions", "Queries", "Readers", "Share", "Tokens"]
 
 Tokens = Literal["all", "subject", "background"]
 Queries = Literal["all", "subject", "background", "same"]
-Readers = Literal["all", "anchors"]
 Positions = Literal["keep", "apart"]
 
 
 @dataclass(frozen=True, eq=False)
-class Share(Regional):
+class Share(Joined):
     """Image tokens of each picture also read image tokens of others of the batch, in one softmax with their own:
 
         out_i = softmax([q_i k_i^T / sqrt(d), {q_i k_j[T_j]^T / sqrt(d) + log w}_j]) [v_i; {v_j[T_j]}]
@@ -47,15 +47,16 @@ class Share(Regional):
     batch: the pictures of the batch read them alone.
 
     Attributes:
-        readers: "all" read each other; with "anchors" the first `anchors` pictures of each group read each other, and
-            all others read them alone.
-        anchors: how many pictures are read, with readers="anchors".
-        group: so many pictures that follow each other in the batch are a group; None makes one group of the batch.
+        readers, anchors, group: who reads whom, see `Joined`.
         tokens: whose tokens are read: "all", those of subjects, or those of no subject.
         queries: who reads: "all" image tokens, those of subjects, those of none, or with "same" those of a subject the
             tokens of the same subject alone.
         ratio: share of these tokens in (0, 1] that is read, drawn anew at every step for each picture and resolution,
             the same in all layers and for all readers.
+        query_ratio: share in (0, 1] of the tokens of a picture that read others at all, drawn in the same way (1 less
+            the query dropout of IR-Diffusion).
+        gate: in (0, 1], how likely pictures are shared at a step in a layer; elsewhere and else the layer is the plain
+            model's. One coin for each layer and step, the same for all pictures and branches (StoryDiffusion).
         weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w. With
             readers="anchors" also one for each anchor.
         positions: in models with rotary positions, where the others seem to stand: "keep", on the same places; with
@@ -69,28 +70,21 @@ class Share(Regional):
     name: ClassVar[str] = "share"
     shares: ClassVar[bool] = True
 
-    readers: Readers = "all"
-    anchors: int = 2
-    group: int | None = None
     tokens: Tokens = "all"
     queries: Queries = "all"
     ratio: float = 1.0
     weight: float | Sequence[float] = 1.0
     positions: Positions = "keep"
     seed: int = 0
+    query_ratio: float = field(default=1.0, kw_only=True)
+    gate: float = field(default=1.0, kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
     bank: Bank | None = field(default=None, kw_only=True, metadata={CODE_ONLY: True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("readers", Readers), ("tokens", Tokens), ("queries", Queries), ("positions", Positions),
-        ):  # fmt: skip
+        for name, choices in (("tokens", Tokens), ("queries", Queries), ("positions", Positions)):
             self._check_choice(name, choices)
-        for name, least in (("anchors", 1), ("group", 2)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
         if not isinstance(self.weight, (int, float)):
             object.__setattr__(self, "weight", tuple(self.weight))
             if self.readers != "anchors" or len(self.weights) != self.anchors:
@@ -100,8 +94,9 @@ class Share(Regional):
                 )
         if not all(0 <= one <= 1000 for one in self.weights):
             raise ControlError(f"'{self.name}': weight must be in [0, 1000]; found {self.weight}.")
-        if not 0 < self.ratio <= 1:
-            raise ControlError(f"'{self.name}': ratio must be in (0, 1]; found {self.ratio}.")
+        for name in ("ratio", "query_ratio", "gate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ControlError(f"'{self.name}': {name} must be in (0, 1]; found {getattr(self, name)}.")
         if self.bank is not None and (self.readers, self.group) != ("all", None):
             raise ControlError(
                 f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
@@ -117,24 +112,20 @@ class Share(Regional):
         """One for all pictures that are read, or one for each anchor."""
         return (self.weight,) if isinstance(self.weight, (int, float)) else tuple(self.weight)
 
-    def first(self, image: int) -> int:
-        """The first picture of the group of a picture."""
-        return 0 if self.group is None else image // self.group * self.group
-
     @property
     def draws(self) -> bool:
-        return self.ratio < 1
+        return min(self.ratio, self.query_ratio, self.gate) < 1
 
     @property
     def recalls(self) -> Bank | None:
         return self.bank
 
-    def reads(self, image: int, images: int) -> tuple[int, ...]:
-        first = self.first(image)
-        last = images if self.group is None else min(images, first + self.group)
-        if self.readers == "anchors":
-            last = min(last, first + self.anchors)
-        return tuple(other for other in range(first, last) if other != image)
+    def opens(self, layer: Layer, draw: int) -> bool:
+        if self.gate == 1:
+            return True
+        # the name and not the number in its stack: two stacks have coins of their own
+        told = [self.seed, draw, *layer.name.encode()]
+        return bool(np.random.default_rng(told).random() < self.gate)
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
         if self.positions == "keep":
@@ -150,9 +141,7 @@ class Share(Regional):
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
             return None
-        # the tokens of a bank bring the names of their subjects
-        named = situation.regions if self.bank is None else self.bank.names
-        if (self.tokens != "all" and not named) or (self.queries != "all" and not situation.regions):
+        if self._is_untold(situation):
             raise ControlError(
                 f"'{self.name}' shares tokens of subjects, but no control of the stack declares regions, so nothing "
                 "tells which these are. Give it (or Keep, for a bank) regions=[...], one list per picture, or "
@@ -163,8 +152,20 @@ class Share(Regional):
                 f"'{self.name}' reads tokens='{self.tokens}', but the bank keeps tokens='{self.bank.tokens}' alone. "
                 "Give Share the tokens that Keep had, or keep 'all'."
             )
-        table = situation.tabulate(self._sees)
-        return table if self.ratio == 1 else compose(table, self._drawn(situation))
+        parts = [situation.tabulate(self._sees)]
+        if self.ratio < 1:
+            parts.append(self._drawn(situation))
+        if self.query_ratio < 1:
+            parts.append(self._reading(situation))
+        return compose(*parts)
+
+    def _is_untold(self, situation: Situation) -> bool:
+        """Subjects are asked for, and nothing tells which tokens are theirs."""
+        if self.bank is not None:
+            # the tokens of a bank bring the names of their subjects
+            return (self.tokens != "all" and not self.bank.names) or (self.queries != "all" and not situation.regions)
+        known = situation.regions or any(bool(held.any()) for held in situation.shared.values())
+        return (self.tokens, self.queries) != ("all", "all") and not known
 
     def _sees(self, q: Group, k: Group) -> float:
         if k.kind != "shared":
@@ -188,12 +189,32 @@ class Share(Regional):
         atom, groups = situation.keys
         keep = torch.ones(len(atom), dtype=torch.bool)
         for number, group in enumerate(groups):
-            if group.kind != "shared":
-                continue
-            mine = (atom == number).nonzero().flatten()
-            told = [self.seed, situation.line.draw, len(mine), group.index, *(1 + n for n in sorted(group.members))]
-            order = torch.from_numpy(np.random.default_rng(told).permutation(len(mine)))
-            keep[mine[order[max(1, round(self.ratio * len(mine))) :]]] = False
+            if group.kind == "shared":
+                mine = (atom == number).nonzero().flatten()
+                keep[mine] = self._lot(len(mine), self.ratio, situation, group.index, group.members)
         rows = torch.zeros_like(situation.queries[0])
         table = torch.tensor([[float("-inf"), 0.0]])
         return Visibility(rows, keep.long(), table, ("all",), ("not drawn", "drawn"))
+
+    def _reading(self, situation: Situation) -> Visibility:
+        """Hides all tokens of others from those that do not read at this step."""
+        atom, groups = situation.queries
+        reading = torch.ones(len(atom), dtype=torch.bool)
+        for number, group in enumerate(groups):
+            if group.kind == "image":
+                mine = (atom == number).nonzero().flatten()
+                reading[mine] = self._lot(len(mine), self.query_ratio, situation, situation.line.image, group.members)
+        keys, theirs = situation.keys
+        shared = torch.tensor([group.kind == "shared" for group in theirs])[keys]
+        table = torch.tensor([[0.0, float("-inf")], [0.0, 0.0]])
+        return Visibility(reading.long(), shared.long(), table, ("not reading", "reading"), ("own", "shared"))
+
+    def _lot(
+        self, count: int, ratio: float, situation: Situation, picture: int, members: frozenset[int]
+    ) -> torch.Tensor:
+        """bool [count]: which of the tokens of a picture and kind are drawn at this step, one of them at least."""
+        told = [self.seed, situation.line.draw, count, picture, *(1 + n for n in sorted(members))]
+        order = torch.from_numpy(np.random.default_rng(told).permutation(count))
+        drawn = torch.zeros(count, dtype=torch.bool)
+        drawn[order[: max(1, round(ratio * count))]] = True
+        return drawn

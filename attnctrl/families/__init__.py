@@ -80,7 +80,8 @@ class Family:
         branches: guidance branches of one step in the order of their forwards.
         batch: guidance branches of one step in the order of their rows, for families whose pipelines run them as one
             batch; () for those that run one forward per branch.
-        presets: named layer selectors, as functions of {stack: number of blocks}.
+        presets: named layer selectors, as functions of {stack: number of blocks}. Every family has "shared", the layers
+            in which pictures of a set read each other; all of them, unless it says otherwise.
         position: (arguments, slots) -> arguments with positions for the texts that will be appended, which take these
             slots: each stands where it would stand alone. None where texts do not care where they stand.
         shadows: methods of the model or its parts, by dotted name, and the functions that stand in for them while
@@ -123,6 +124,9 @@ class Family:
         """How the image tokens of a model turn with their places."""
         rotary = None if self.rotary is None else self.rotary(model)
         return Standing(rotary, None if self.corner is None else partial(self.corner, model))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "presets", {"shared": lambda counts: "all", **self.presets})
 
     def text(self, arguments: Arguments) -> Text:
         """The encoded prompts of a forward."""

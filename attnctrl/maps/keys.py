@@ -40,9 +40,10 @@ class Cells:
             raise LayoutError(f"Cells needs one row and one column at least; found {self.rows} x {self.columns}.")
 
 
-Key = str | Region | Cells | Sequence[Span]
+Key = str | Region | Cells | Sequence[str | None] | Sequence[Span]
 """A phrase of the prompt; "text", "image", "references" or the name of one range, such as "reference.0"; the image's
-tokens in a region; the image in cells; tokens [start, stop) of the prompt.
+tokens in a region; the image in cells; a phrase for each prompt of a batch, None where it has none (its maps are 0);
+tokens [start, stop) of the prompt.
 """
 
 
@@ -104,11 +105,17 @@ def keys_of(
     def keys(name: str, key: Any) -> Keys:
         if isinstance(key, (Region, Cells)) or (isinstance(key, str) and (key in _WHOLE or _RANGE.fullmatch(key))):
             return Keys(name, key)
-        if not isinstance(key, str):
+        if not isinstance(key, str) and not any(isinstance(item, str) for item in key):
             return Keys(name, None, (tuple((int(start), int(stop)) for start, stop in key),))
+        phrases = [key] * len(prompts) if isinstance(key, str) else list(key)
         if not prompts:
             raise LayoutError(f"'{name}': to find the words '{key}', give record(..., prompt=...) as the pipeline.")
-        found = (phrase_spans(pipe, prompt, key, max_sequence_length=max_sequence_length) for prompt in prompts)
+        if len(phrases) != len(prompts):
+            raise LayoutError(f"'{name}': {len(phrases)} phrases for {len(prompts)} prompts; give one each, or None.")
+        found = (
+            () if phrase is None else phrase_spans(pipe, prompt, phrase, max_sequence_length=max_sequence_length)
+            for prompt, phrase in zip(prompts, phrases, strict=True)
+        )
         return Keys(name, None, tuple(found))
 
     return tuple(keys(name, key) for name, key in named.items())

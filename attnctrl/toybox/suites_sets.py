@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,6 +19,8 @@ from attnctrl.controls import Control
 from attnctrl.families import family_of
 from attnctrl.metrics import identity_similarity, set_consistency
 from attnctrl.presets import preset, style
+from attnctrl.presets_sets import chosen_options
+from attnctrl.region import Region
 
 from . import world
 from .embed import identity_embedding, style_embedding
@@ -77,7 +80,29 @@ def sample_reposition(rng: np.random.Generator) -> Task:
 
 
 def _pictures(task: Task, seed: int) -> list[Picture]:
-    return [Picture(told.prompt, 10 * seed + number) for number, told in enumerate(task)]
+    return [
+        Picture(told.prompt, 10 * seed + number, worded=[Region(f"{told.expected.color} {told.expected.shape}")])
+        for number, told in enumerate(task)
+    ]
+
+
+def rehearsed(runner: Runner, pictures: Sequence[Picture], name: str, **options: object) -> list[Control]:
+    """The preset called `name` on the told subjects, where attention to their words finds them in a plain run: what
+    `attnctrl.pipelines.MultiSubjectPipeline` does. Its run is part of the time that control takes.
+    """
+    from attnctrl.maps import otsu, record
+
+    prompts, words = [one.prompt for one in pictures], [one.worded[0].prompt for one in pictures]
+    length = runner.max_sequence_length
+    reading = record(runner.pipe, {"subject": words}, prompt=prompts, window=(0.3, 1.0), max_sequence_length=length)
+    with reading as found:
+        runner.draw(prompts, [one.seed for one in pictures])
+    masks, undecided = otsu(found["subject"])
+    regions = [
+        [] if lost else [Region(name=word, mask=mask)]
+        for word, mask, lost in zip(words, masks, undecided.tolist(), strict=True)
+    ]
+    return preset(name, regions, group=SET, **{**chosen_options(name, runner.pipe, leading=True), **options})
 
 
 def _identities(task: Task, images: Images) -> list[np.ndarray | None]:
@@ -169,6 +194,13 @@ def fidelity(task: Task, images: Images) -> float:
     return float(np.mean([told_share([t.expected], t.background, read_picture(image)) for t, image in pairs]))
 
 
+SUBJECT_VARIANTS: dict[str, Acting] = {
+    "shared": {"share": {"group": SET, "layers": "shared"}},
+    "consistory": partial(rehearsed, name="consistory"),
+    "storydiffusion": partial(rehearsed, name="storydiffusion"),
+}
+"""What else can be measured: plain shared attention of all tokens at all steps, and the published methods."""
+
 SUBJECTS = Suite(
     name="subjects",
     sample=sample_subjects,
@@ -177,6 +209,8 @@ SUBJECTS = Suite(
     better={"identity_similarity": "higher"},
     fidelity=fidelity,
     whole={"identity_margin": ("higher", identity_margin)},
+    controls=partial(rehearsed, name="subjects"),
+    variants=SUBJECT_VARIANTS,
 )
 STYLE = Suite(
     name="style",

@@ -176,6 +176,68 @@ def test_drawn_tokens_are_as_many_as_asked_for_and_the_same_in_all_layers() -> N
     assert not torch.equal(read(2)[0], first[0])
 
 
+def test_queries_that_were_not_drawn_read_nothing_of_others() -> None:
+    """IR-Diffusion's query dropout: of each picture and kind as many read as asked for, the same in all layers."""
+    setting = flux(batch=2)
+    scenes = [cast((0, 0, 2 / 6, 1)), cast((0, 0, 2 / 6, 1))]
+    control = ac.Share(scenes, queries="subject", query_ratio=0.5, ratio=0.5)
+    with ac.attach(setting.model, control), probe(grad=True) as calls:
+        setting.run()
+    kept = []
+    for call, kinds in setting.controlled(calls):
+        reading = [
+            bool((torch.autograd.grad(one.double().sum(), call.value, retain_graph=True)[0][0] != 0).any())
+            for one in call.out[1]
+        ]
+        kept.append(reading)
+        queries, _ = sides_of(setting, kinds, scenes[1])
+        assert not any(one and not token.members for one, token in zip(reading, queries, strict=True))
+        assert sum(reading) == 4
+    assert all(one == kept[0] for one in kept)
+
+
+def test_the_gate_is_a_coin_for_each_layer_and_step() -> None:
+    """A closed layer is the plain model's; open ones are as without a gate; each step has coins of its own."""
+    control = ac.Share(gate=0.4, seed=3)
+    setting = flux(batch=2)
+    layers = ac.families.flux.FLUX.layers(setting.model)
+    coins = [[control.opens(layer, draw) for layer in layers] for draw in range(1, 401)]
+    assert abs(sum(map(sum, coins)) / 1600 - 0.4) < 0.04
+    assert len({tuple(one) for one in coins}) == 16
+    assert coins[0] == [ac.Share(gate=0.4, seed=3).opens(layer, 1) for layer in layers]
+    assert all(ac.Share().opens(layer, 1) for layer in layers)
+    with ac.attach(setting.model, control), probe() as calls:
+        setting.run()
+    for (call, kinds), is_open in zip(setting.controlled(calls), coins[0], strict=True):
+        sees = float(is_open)
+        queries, keys = sides_of(setting, kinds, [])
+        assert call.key.shape[1] == len(keys)
+        key = torch.cat([call.key[0], call.key[1][setting.text :]]).double()
+        value = torch.cat([call.value[0], call.value[1][setting.text :]]).double()
+        scores = torch.einsum("qhd,khd->hqk", call.query[0].double(), key) / key.shape[-1] ** 0.5
+        hidden = torch.zeros(len(queries), len(key))
+        hidden[: setting.text, len(keys) :] = float("-inf")
+        hidden[setting.text :, len(keys) :] = torch.tensor(sees).log()
+        expected = torch.einsum("hqk,khd->qhd", (scores + hidden).softmax(-1), value)
+        assert (expected - call.out[0]).abs().max() < 1e-5
+    assert 0 < sum(coins[0]) < 4
+
+
+def test_pictures_without_subjects_share_too() -> None:
+    """One that shows nobody reads the subjects of the others; it is no reason to refuse the stack."""
+    setting = flux(batch=2)
+    with ac.attach(setting.model, ac.Share([SCENES[0], []], tokens="subject")), probe() as calls:
+        setting.run()
+    call, _ = setting.controlled(calls)[0]
+    member = torch.tensor([token.kind == "image" and bool(token.members) for token in sides_of(
+        setting, setting.controlled(calls)[0][1], SCENES[0])[1]])  # fmt: skip
+    key = torch.cat([call.key[1], call.key[0][member]]).double()
+    value = torch.cat([call.value[1], call.value[0][member]]).double()
+    scores = torch.einsum("qhd,khd->hqk", call.query[1].double(), key) / key.shape[-1] ** 0.5
+    scores[:, : setting.text, call.key.shape[1] :] = float("-inf")
+    assert (torch.einsum("hqk,khd->qhd", scores.softmax(-1), value) - call.out[1]).abs().max() < 1e-5
+
+
 def test_pictures_side_by_side_stand_apart() -> None:
     """Moved keys give the scores of queries that stand as much further to the left."""
     setting = flux(batch=2)
@@ -260,7 +322,8 @@ def test_maps_are_perturbed_over_what_is_shared_as_well(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.0}, "ratio must be in"), ({"weight": -1.0}, "weight must be in"), ({"anchors": 0}, "anchors must be"),
+        ({"ratio": 0.0}, "ratio must be in"), ({"query_ratio": 1.5}, "query_ratio must be in"),
+        ({"gate": 0.0}, "gate must be in"), ({"weight": -1.0}, "weight must be in"), ({"anchors": 0}, "anchors must be"),
         ({"group": 1}, "group must be"), ({"tokens": "subjects"}, "tokens must be one of"),
     ],
 )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Looks of a subject carried from picture to picture: outputs of attention blended between tokens that match.
+
+After the Regional Feature Harmonization of StorySync (arXiv 2508.03735), whose formulas are not published, and the
+feature injection of ConsiStory (arXiv 2402.03286), which is the case of one match and full weight. Matches are found in
+the layer itself, so no run before is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..call import Situation
+from ..errors import ControlError
+from ..output import Executed
+from ..region import Grid
+from ..schedule import Window
+from ..select import Layer
+from .base import Branch
+from .joined import Joined
+
+__all__ = ["Features", "Harmonize"]
+
+Features = Literal["query", "key", "value"]
+
+
+@dataclass(frozen=True, eq=False)
+class Harmonize(Joined):
+    """Tokens of a subject take in the output of the tokens that they match in other pictures' subjects of that name:
+
+        m_j(p) = argmax_s cos(f(p), f_j(s)), s in the subject of picture j; c_j(p) that cosine
+        O(p) <- (1 - strength) O(p) + strength sum_j w_j O_j(m_j(p)),  w = softmax_j(c_j / temperature), c_j > floor
+
+    All O are those before any control's output. O is blended before the layer's output projection: that is linear, so
+    it is the same as behind it. Tokens of no subject and those without a match keep their output to the bit.
+
+    Attributes:
+        readers, anchors, group: who takes in whom, see `Joined`.
+        features: f, all heads side by side: "query", "key" or "value" of the layer. In models with rotary positions
+            queries and keys hold their place as well, values never.
+        radius: f is the mean over so many tokens to each side, as far as they are the subject's; 0 takes f itself.
+        floor: in [-1, 1]; matches with a cosine up to it are none.
+        temperature: of the weights; 0 takes the best picture alone, as ConsiStory does.
+        window: by default the time in which ConsiStory injects.
+    """
+
+    name: ClassVar[str] = "harmonize"
+    compares: ClassVar[bool] = True
+
+    features: Features = field(default="value", kw_only=True)
+    radius: int = field(default=0, kw_only=True)
+    floor: float = field(default=0.6, kw_only=True)
+    temperature: float = field(default=0.1, kw_only=True)
+    window: Window = field(default=(0.1, 0.34), kw_only=True)
+    branch: Branch = field(default="cond", kw_only=True)
+    strength: float = field(default=0.8, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("features", Features)
+        self._check_range("floor", -1, 1)
+        self._check_range("temperature", 0, float("inf"), open_end=True)
+        if not isinstance(self.radius, int) or self.radius < 0:
+            raise ControlError(f"'{self.name}': radius must be a whole number from 0 on; found {self.radius!r}.")
+
+    def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Harmony | None:
+        if not situation.shared:
+            return None
+        if not situation.regions and not any(bool(held.any()) for held in situation.shared.values()):
+            raise ControlError(
+                f"'{self.name}' matches subjects, but no control of the stack declares regions, so nothing tells where "
+                "these are. Give it regions=[...], one list per picture."
+            )
+        harmony = Harmony(self, situation)
+        return harmony if harmony.pairs else None
+
+
+@dataclass(frozen=True)
+class Harmony:
+    """The output of a layer's call under `Harmonize`, for one picture of the batch."""
+
+    control: Harmonize
+    situation: Situation
+
+    @cached_property
+    def pairs(self) -> dict[int, Tensor]:
+        """By picture: bool [tokens, tokens], whether its token (column) is of a subject of this one's (row); those
+        pictures alone that have any."""
+        mine = self.situation.member.T.float()
+        found = {n: mine @ held[:-1].float() > 0 for n, held in self.situation.shared.items()}
+        return {n: pair for n, pair in found.items() if bool(pair.any())}
+
+    def __call__(self, call: Executed) -> Tensor:
+        batch, control = call.batch, self.control
+        device = call.out.device
+        rows = torch.arange(len(batch.out), device=device) if call.rows is None else call.rows
+        place = self.situation.frame.queries["image"]
+        span, grid = slice(place.start, place.stop), self.situation.frame.queries.grid
+        states: Tensor = getattr(batch, control.features)
+
+        def described(of: Tensor, held: Tensor) -> Tensor:
+            """Unit features [b, tokens of the subject, channels]."""
+            found = states[of, :, span].float().transpose(1, 2).flatten(2)
+            found = found if control.radius == 0 else _smoothed(found, held, grid, control.radius)
+            return torch.nn.functional.normalize(found[:, held], dim=-1)
+
+        own = torch.stack([pair.any(1) for pair in self.pairs.values()]).any(0).to(device)
+        cosines, taken = [], []
+        for other, pair in self.pairs.items():
+            at = rows - self.situation.line.image + other
+            held = pair.any(0).to(device)
+            likeness = described(rows, own) @ described(at, held).mT
+            likeness = likeness.masked_fill(~pair.to(device)[own][:, held], float("-inf"))
+            best, where = likeness.max(-1)
+            outputs = batch.out[at, :, span][:, :, held].float()
+            cosines.append(best)
+            taken.append(outputs.gather(2, where[:, None, :, None].expand(-1, outputs.shape[1], -1, outputs.shape[3])))
+        weights = _weights(torch.stack(cosines), control.floor, control.temperature)
+        mixed = (weights[:, :, None, :, None] * torch.stack(taken)).sum(0)
+        before = call.out[:, :, span][:, :, own]
+        kept = (weights.sum(0) > 0)[:, None, :, None]
+        after = (1 - control.strength) * before.float() + control.strength * mixed
+        where = own.nonzero().flatten() + place.start
+        return call.out.index_copy(2, where, torch.where(kept, after.to(call.out.dtype), before))
+
+    def explain(self) -> str:
+        """Share, features and pictures."""
+        pictures = ", ".join(map(str, self.pairs))
+        return f"harmonized by {self.control.strength:g} with pictures {pictures}, matched by {self.control.features}"
+
+
+def _weights(cosines: Tensor, floor: float, temperature: float) -> Tensor:
+    """Weights [pictures, ...] of matches; 0 for those up to the floor, all 0 where there is no other."""
+    found = cosines.masked_fill(cosines <= floor, float("-inf"))
+    there = found.isfinite().any(0)
+    if temperature == 0:
+        best = torch.nn.functional.one_hot(found.argmax(0), len(found)).movedim(-1, 0)
+        return best.float() * there
+    return torch.where(there, (found / temperature).softmax(0), 0.0)
+
+
+def _smoothed(features: Tensor, held: Tensor, grid: Grid, radius: int) -> Tensor:
+    """Means of features [b, tokens, channels] over neighbours that are `held`; frames of a film stay apart."""
+    height, width = grid[-2:]
+    maps = torch.cat([features * held[:, None], held[None, :, None].expand(len(features), -1, 1).float()], dim=-1)
+    planes = maps.reshape(-1, height, width, maps.shape[-1]).permute(0, 3, 1, 2)
+    sums = torch.nn.functional.avg_pool2d(planes, 2 * radius + 1, stride=1, padding=radius)
+    flat = sums.permute(0, 2, 3, 1).reshape(maps.shape)
+    return flat[..., :-1] / flat[..., -1:].clamp(min=1e-12)

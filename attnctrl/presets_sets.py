@@ -1,0 +1,175 @@
+"""Stacks of controls for sets of pictures with the same subjects or the same scene, under the names of their methods.
+
+Regions are one list per picture: where its subjects are, each under its name. What differs from the papers, and why, is
+told in docs/subjects.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .attach import parts_of
+from .controls import Control, Harmonize, Isolate, Share
+from .controls.base import scenes_of
+from .families import family_of
+from .region import Overlap
+from .schedule import Window
+
+__all__ = [
+    "CHOSEN",
+    "SETS",
+    "chosen_options",
+    "consistory",
+    "ir_diffusion",
+    "scene",
+    "storydiffusion",
+    "storysync",
+    "subjects",
+]
+
+_AFTER_THE_FIRST = (0.02, 1.0)
+"""All steps of fifty but the first one."""
+
+
+def _read(anchors: int | None, group: int | None) -> dict[str, Any]:
+    """Who reads: all each other, or all the first pictures; of the batch, or of groups of so many."""
+    return {"group": group, **({} if anchors is None else {"readers": "anchors", "anchors": anchors})}
+
+
+def subjects(
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    weight: float = 1.0,
+    window: Window = (0.3, 1.0),
+    harmony: float = 0.0,
+    apart: Window = (0.1, 0.5),
+    anchors: int | None = None,
+    group: int | None = None,
+) -> list[Control]:
+    """Ours: subjects read their namesakes in all other pictures; those of different names do not see each other for the
+    first half.
+
+    Args:
+        weight: of the namesakes' tokens against the picture's own.
+        window: of reading; what comes before it decides where things stand.
+        harmony: strength of `Harmonize` on top, from a tenth of the run to six tenths; 0 is not there.
+        apart: of the isolation, which is there where some picture has several subjects.
+        anchors: so many pictures at the beginning are read; None lets all read each other.
+        group: so many pictures that follow each other are a set; None makes one of the batch.
+    """
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
+    several = any(len({region.label for region in scene}) > 1 for scene in scenes_of(regions, "regions"))
+    stack: list[Control] = []
+    if several:
+        stack.append(Isolate(regions, overlap=overlap, background="shared", text=False, branch="all", window=apart))
+    stack.append(Share(regions, tokens="subject", queries="same", weight=weight, window=window, **told))
+    if harmony:
+        stack.append(Harmonize(regions, strength=harmony, window=(0.1, 0.6), floor=0.5, **told))
+    return stack
+
+
+def consistory(
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    anchors: int = 2,
+    group: int | None = None,
+    ratio: float = 0.5,
+    seed: int = 0,
+) -> list[Control]:
+    """ConsiStory (arXiv 2402.03286): all tokens read half of the anchors' subjects, and subjects take in the outputs of
+    the tokens that they match there."""
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
+    return [
+        Share(regions, tokens="subject", ratio=ratio, seed=seed, window=_AFTER_THE_FIRST, **told),
+        Harmonize(regions, temperature=0.0, **told),
+    ]
+
+
+def storydiffusion(
+    regions: Any = (),
+    *,
+    overlap: Overlap = "union",
+    anchors: int = 4,
+    group: int | None = None,
+    ratio: float = 0.5,
+    seed: int = 0,
+) -> list[Control]:
+    """StoryDiffusion (arXiv 2405.01434): half of all tokens of the first pictures are read, in seven layers of ten at
+    first, later in nine. It asks for no regions."""
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
+    phases = ((0.7, (_AFTER_THE_FIRST[0], 0.4)), (0.9, (0.4, 1.0)))
+    return [Share(regions, ratio=ratio, seed=seed, gate=gate, window=window, **told) for gate, window in phases]
+
+
+def storysync(
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    anchors: int | None = None,
+    group: int | None = None,
+    ratio: float = 0.5,
+    seed: int = 0,
+) -> list[Control]:
+    """StorySync (arXiv 2508.03735), as far as it is published: subjects are read by all pictures, and blended where
+    small regions of them match."""
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
+    return [
+        Share(regions, tokens="subject", ratio=ratio, seed=seed, window=_AFTER_THE_FIRST, **told),
+        Harmonize(regions, radius=1, **told),
+    ]
+
+
+def scene(regions: Any, *, overlap: Overlap = "union", anchors: int = 2, group: int | None = None) -> list[Control]:
+    """SceneDecorator (arXiv 2510.22994): what is behind the subjects of the first pictures is read by all."""
+    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
+    return [Share(regions, tokens="background", window=_AFTER_THE_FIRST, **told)]
+
+
+def ir_diffusion(
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    anchors: int = 2,
+    group: int | None = None,
+    query_ratio: float = 0.5,
+    seed: int = 0,
+) -> list[Control]:
+    """IR-Diffusion (arXiv 2411.19261) without its reposition: subjects of one picture do not see each other, and half
+    of the tokens of each read their namesake in the first pictures."""
+    told: dict[str, Any] = {"overlap": overlap, **_read(anchors, group)}
+    return [
+        Isolate(regions, overlap=overlap, background="shared", text=False, branch="all"),
+        Share(regions, tokens="subject", queries="same", query_ratio=query_ratio, seed=seed, layers="shared", **told),
+    ]
+
+
+SETS: Mapping[str, Callable[..., list[Control]]] = {
+    "subjects": subjects,
+    "consistory": consistory,
+    "storydiffusion": storydiffusion,
+    "storysync": storysync,
+    "scene": scene,
+    "ir-diffusion": ir_diffusion,
+}
+
+CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("subjects", "unet"): {"weight": 2.0, "window": (0.1, 1.0), "harmony": 0.8},
+}
+"""By preset and family: options that were measured better on its embedded model than the preset's own."""
+
+
+def chosen_options(name: str, pipe: Any, leading: bool) -> dict[str, Any]:
+    """The options with which a pipeline or model is given a preset unless its user says otherwise.
+
+    On models of joint attention, subjects that read one picture stayed themselves better than such that read all; that
+    needs a first picture with everybody in it.
+
+    Args:
+        leading: the first picture shows every subject.
+    """
+    family = family_of(parts_of(pipe)[0]).name
+    first = {"anchors": 1} if leading and name == "subjects" and family != "unet" else {}
+    return {**first, **CHOSEN.get((name, family), {})}
