@@ -25,7 +25,7 @@ from .region import Region
 from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
-from .stack import Acts, Presence, Seat, Stack
+from .stack import Acts, Presence, Seat, Stack, placed
 from .tap import Tap, check_model, execution_device, is_compiled
 from .texts import Texts
 from .watch import watched
@@ -278,7 +278,7 @@ class Engine:
             texts = self._texts.make(self.stack, self.family.text(arguments), variants, appended, self._embeds)
             arguments = self.family.append_text(arguments if position is None else position(arguments, slots), texts)
         host = self._host(device)
-        acts = self._placed(self.stack.acts(variants, device, present, host), moment)
+        acts = placed(self.stack.acts(variants, device, present, host), moment)
         if any(watching):
             if is_compiled(self.model):
                 raise UnsupportedModelError(
@@ -304,19 +304,14 @@ class Engine:
                 bank.check(self._identity, moment, row)
                 if is_compiled(self.model):
                     raise UnsupportedModelError(
-                        "A bank cannot be read inside compiled code, whose keys change at every step. Read it before "
-                        "the model or its blocks are compiled, or on a copy that is not."
+                        "A bank cannot be read inside compiled code: its keys change at every step. Read it before the "
+                        "model or its blocks are compiled, or on a copy that is not."
                     )
 
     @functools.cached_property
     def _identity(self) -> Mapping[str, str]:
         """Which model this is; told anew when controls come or go."""
         return identity_of(self.model)
-
-    @staticmethod
-    def _placed(acts: Acts, moment: Moment) -> Acts:
-        """The acts with what they read of banks at this moment."""
-        return {name: (act.at(name, moment) if act.stored else act, seats) for name, (act, seats) in acts.items()}
 
     def _host(self, device: torch.device) -> Host:
         """What plans may count on; the CPU has nothing to gain from it."""
