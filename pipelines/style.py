@@ -105,7 +105,7 @@ class StylePipeline(Wrapper):
         self.check_texts(scenes, "prompt")
         return self._set(scenes, seeds_of(seeds, generator, len(scenes), 1), acting, batch, progress)
 
-    def again(self, record: Mapping[str, Any]) -> ScenePicture:
+    def again(self, record: Mapping[str, Any], progress: Progress | None = None) -> ScenePicture:
         """The picture of a record (`attnctrl.provenance.read`), drawn again beside its anchor.
 
         Raises:
@@ -120,7 +120,7 @@ class StylePipeline(Wrapper):
         own = record["scene"]
         scenes = [Scene.from_dict({**own, "prompt": text, "negative_prompt": negative}) for text, negative in pairs]
         acting = [Control.from_dict(entry) for entry in own.get("controls", ())]
-        return self._set(scenes, [[seed] for seed in told["seeds"]], acting, None, None)[-1]
+        return self._set(scenes, [[seed] for seed in told["seeds"]], acting, None, progress)[-1]
 
     def _set(
         self,

@@ -17,17 +17,19 @@ from attnctrl.pipelines.cast import Character, Shot, resolve, told_by
 
 from attnctrl.errors import ControlError
 from attnctrl.scene import MAX_SEED, Scene
+from attnctrl.schedule import Window, window_from_json, window_to_json
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from attnctrl.controls import Control
     from attnctrl.region import Region
-    from attnctrl.schedule import Window
     from attnctrl.select import Selector
 
 __all__ = ["Character", "MultiSubjectPipeline", "Rehearsal", "Shot", "Story"]
 
+READING: Window = (0.3, 1.0)
+"""When attention is read: the first steps know of no places yet."""
 Segment = Callable[["Image.Image", Character], Any]
 """(picture, character) -> its mask [H, W], or None where it is not seen."""
 
@@ -42,6 +44,7 @@ class Rehearsal:
         scenes: the shots as documents.
         pictures: drawn without control.
         regions: of each shot, named by characters; those whose place is not known are not there.
+        reading: the layers and the window in which attention was read; None with a segmenter.
     """
 
     cast: tuple[Character, ...]
@@ -49,6 +52,7 @@ class Rehearsal:
     scenes: tuple[Scene, ...] = field(repr=False)
     pictures: tuple[ScenePicture, ...] = field(repr=False)
     regions: tuple[tuple[Region, ...], ...]
+    reading: tuple[Selector, Window] | None = None
 
     def sheet(self, side: int = 256) -> Image.Image:
         """The pictures with the outlines of the regions."""
@@ -123,7 +127,7 @@ class MultiSubjectPipeline(Wrapper):
         true_cfg_scale: float | None = None,
         segment: Segment | None = None,
         layers: Selector = None,
-        window: Window = (0.3, 1.0),
+        window: Window = READING,
         progress: Progress | None = None,
     ) -> Rehearsal:
         """All shots by the plain model, and where each character is: in its box, where `segment` sees it, or where
@@ -209,7 +213,7 @@ class MultiSubjectPipeline(Wrapper):
         first = story.first
         resolved = resolve(first.cast, shots, seed, whole=False)
         keys = first.scenes[0].to_dict()
-        new = self._rehearsed(resolved, first.cast, keys, None, None, (0.3, 1.0), halves[0])
+        new = self._rehearsed(resolved, first.cast, keys, None, *(first.reading or (None, READING)), halves[0])
         read = slice(0, story.anchors)
         batch = Rehearsal(
             first.cast,
@@ -217,11 +221,34 @@ class MultiSubjectPipeline(Wrapper):
             first.scenes[read] + new.scenes,
             first.pictures[read] + new.pictures,
             first.regions[read] + new.regions,
+            first.reading,
         )
         options = {**story.options, "anchors": story.anchors}
         acting = stack_of(story.preset, [list(own) for own in batch.regions], **options)
         pictures = self._drawn(batch, acting, story.preset, options, halves[1])
         return replace(story, rehearsal=new, pictures=pictures[story.anchors :])
+
+    def again(self, record: Mapping[str, Any], progress: Progress | None = None) -> ScenePicture:
+        """The picture of a record (`attnctrl.provenance.read`), drawn again with its whole story.
+
+        Raises:
+            ControlError: the record is not one of a story, or a segmenter found its characters.
+        """
+        told = record.get("story")
+        if not isinstance(told, Mapping) or not {"cast", "shots", "preset", "options", "reading", "shot"} <= set(told):
+            raise ControlError("The record is not that of a picture of a story; draw it with ScenePipeline.")
+        if told["reading"] is None:
+            raise ControlError(
+                "A segmenter found the characters of this story, and no record holds it. Rehearse with segment=... and "
+                "perform again."
+            )
+        cast = tuple(Character(**one) for one in told["cast"])
+        shots = resolve(cast, [Shot(**one) for one in told["shots"]], whole=False)
+        halves, (layers, window) = _halves(progress), told["reading"]
+        reading = layers, window_from_json(window)
+        rehearsal = self._rehearsed(shots, cast, record["scene"], None, *reading, halves[0])
+        story = self.perform(rehearsal, preset=told["preset"], options=told["options"], progress=halves[1])
+        return story.pictures[told["shot"]]
 
     def _rehearsed(
         self,
@@ -258,7 +285,8 @@ class MultiSubjectPipeline(Wrapper):
             tuple(places(cast, shot, label, picture.image, segment, {name: heat[n] for name, heat in heats.items()}))
             for n, (shot, label, picture) in enumerate(zip(shots, labels, pictures, strict=True))
         )
-        return Rehearsal(cast, shots, scenes, tuple(pictures), regions)
+        how = (layers, window) if segment is None else None
+        return Rehearsal(cast, shots, scenes, tuple(pictures), regions, how)
 
     def _drawn(
         self,
@@ -279,6 +307,7 @@ class MultiSubjectPipeline(Wrapper):
             ],
             "preset": preset,
             "options": dict(options),
+            "reading": rehearsal.reading and [rehearsal.reading[0], window_to_json(rehearsal.reading[1])],
         }  # fmt: skip
         return tuple(
             replace(picture, record={**picture.record, "story": {**story, "shot": number}})

@@ -47,6 +47,19 @@ def test_a_story_file_becomes_pictures_and_a_sheet(folder, tmp_path, capsys):
         assert sheet.width > 2 * 256
 
 
+def test_a_picture_of_a_story_is_replayed_with_the_whole_story(folder, tmp_path, capsys):
+    assert run(["subjects", str(folder / "two.yaml"), "-o", str(tmp_path), "--device", "cpu", "--format", "quiet"]) == 0
+    model = ["--model", str(folder / "tiny")]
+    for number in range(2):
+        capsys.readouterr()
+        assert run(["replay", str(tmp_path / f"two-{number}.png"), *model]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / f'two-{number}.png'}: bit-equal\n"
+    assert run(["generate", str(tmp_path / "two-1.png"), *model, "-o", str(tmp_path / "again")]) == 2
+    assert "was drawn together with other pictures" in capsys.readouterr().err
+    assert run(["info", str(tmp_path / "two-1.png")]) == 0
+    assert "preset subjects of a story" in capsys.readouterr().out
+
+
 def test_cast_and_shots_may_be_options(folder, tmp_path, capsys):
     words = ["--cast", "ball=a red circle", "--shot", "{ball} left", "--shot", "{ball} right", "--steps", "1"]
     more = ["--model", str(folder / "tiny"), "--preset", "storysync", "--seed", "3", "--format", "quiet"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import tiny_pipes
@@ -198,3 +200,26 @@ def test_other_pipelines_and_presets_are_refused():
         MultiSubjectPipeline.from_pipe(object())
     with pytest.raises(ControlError, match="no preset named 'nobody'"):
         wrapped().perform(wrapped().rehearse(CAST, SHOTS, **SIZES), preset="nobody")
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_a_record_makes_its_picture_again(kind):
+    """Characters are found by attention once more; new shots of a story as well."""
+    pipe = wrapped(kind)
+    story = pipe(CAST, [Shot("{ball} left"), Shot("{ball} right, {box} left")], seed=5, window=(0.5, 1.0), **SIZES)
+    later = pipe.more(story, [Shot("{ball} and {box}")], seed=8)
+    for drawn in (story.pictures[1], later.pictures[0]):
+        written = json.dumps(drawn.record)
+        found = pipe.again(json.loads(written))
+        assert (pixels(found) == pixels(drawn)).all()
+        assert json.dumps(found.record) == written
+
+
+def test_records_of_others_and_of_segmenters_are_refused():
+    pipe = wrapped()
+    with pytest.raises(ControlError, match="not that of a picture of a story"):
+        pipe.again({"scene": {}})
+    whole = np.ones((32, 32), bool)
+    story = pipe(CAST, [Shot("{ball} and {box}"), Shot("{ball}")], segment=lambda _image, _one: whole, **SIZES)
+    with pytest.raises(ControlError, match="A segmenter found the characters"):
+        pipe.again(story.pictures[0].record)

@@ -216,9 +216,15 @@ def named_model(option: str) -> Model:
 def read_scene(source: Path) -> tuple[Scene, dict[str, Any]]:
     """The scene in a scene file; of a PNG that attnctrl made, the scene and the record. Raises `SceneError`."""
     if source.suffix.lower() == ".png":
+        from attnctrl.errors import SceneError
         from attnctrl.provenance import restore
 
-        return restore(source)
+        scene, record = restore(source)
+        if {"set", "story"} & set(record):
+            raise SceneError(
+                f"{source} was drawn together with other pictures, which it reads; `attnctrl replay` draws it again."
+            )
+        return scene, record
     from attnctrl.scene import load_scene
 
     return load_scene(source), {}
@@ -230,14 +236,18 @@ def recorded_dtype(record: Mapping[str, Any]) -> str | None:
     return recorded if recorded in Dtype.__members__ else None
 
 
-def load(model: Model, device: str | None, dtype: str | None) -> Any:
-    """The pipeline of a model for scenes. Raises `typer.BadParameter` for a device that is not there."""
+def load(model: Model, device: str | None, dtype: str | None, kind: Any = None) -> Any:
+    """The pipeline of a model, of a `kind` of `attnctrl.pipelines` (for scenes if left out).
+
+    Raises:
+        typer.BadParameter: for a device that is not there.
+    """
     import torch
 
     from attnctrl.pipelines import ScenePipeline
 
-    checked = check_device(device)
-    return ScenePipeline.from_pretrained(model, device=checked, dtype=getattr(torch, dtype) if dtype else None)
+    checked, wrapper = check_device(device), kind or ScenePipeline
+    return wrapper.from_pretrained(model, device=checked, dtype=getattr(torch, dtype) if dtype else None)
 
 
 def check_device(device: str | None) -> str | None:

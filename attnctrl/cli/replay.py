@@ -64,6 +64,8 @@ def _subject(subject: Mapping[str, Any]) -> str:
 def _controls(record: Mapping[str, Any]) -> str:
     if not record.get("controlled", True):
         return "left out"
+    if "story" in record:
+        return f"preset {record['story'].get('preset')} of a story"
     asked = record.get("scene", {}).get("controls")
     return "those of the model's preset" if asked is None else str(asked)
 
@@ -99,9 +101,15 @@ def replay(
     scene, record = restore(image)
     found = model_for(scene, image, model)
     hush()
-    pipe = load(found, device, recorded_dtype(record))
+    from attnctrl.pipelines import MultiSubjectPipeline, ScenePipeline, StylePipeline
+
+    kind: Any = MultiSubjectPipeline if "story" in record else StylePipeline if "set" in record else ScenePipeline
+    pipe = load(found, device, recorded_dtype(record), kind)
     with progress_bar(f"replay {image.stem}", form) as advance:
-        again = pipe(scene, controlled=bool(record.get("controlled", True)), progress=advance)[0]
+        if kind is ScenePipeline:
+            again = pipe(scene, controlled=bool(record.get("controlled", True)), progress=advance)[0]
+        else:
+            again = pipe.again(record, advance)
     with Image.open(image) as opened:
         before, after = np.asarray(opened.convert("RGB"), int), np.asarray(again.image.convert("RGB"), int)
     same = before.shape == after.shape and bool((before == after).all())
