@@ -17,6 +17,7 @@ from attnctrl.metrics import (
     pixel_box,
     result,
     seam,
+    set_metric,
 )
 from attnctrl.metrics.layout import generalised_iou, iou
 
@@ -188,3 +189,21 @@ def test_metric_and_result_have_the_form_of_every_suite():
         "seconds": 1.235,
         "metrics": {"a": alone},
     }
+
+
+def test_numbers_of_sets_have_paired_intervals():
+    """A statistic that is a mean has the interval of a mean; equal differences leave nothing to chance."""
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=40)
+    shifted = set_metric(lambda some: float(np.mean(some)), plain, plain + 0.25)
+    assert (shifted["delta"], shifted["ci95"]) == (pytest.approx(0.25), [pytest.approx(0.25)] * 2)
+    steered = plain + rng.normal(0.2, 0.5, size=40)
+    found = set_metric(lambda some: float(np.mean(some)), plain, steered, "lower")
+    expected = metric(plain.tolist(), steered.tolist(), "lower")
+    assert {k: found[k] for k in ("vanilla", "controlled", "delta", "better")} == pytest.approx(
+        {k: expected[k] for k in ("vanilla", "controlled", "delta", "better")}
+    )
+    assert found["ci95"] == pytest.approx(expected["ci95"], abs=0.03)
+    alone = set_metric(lambda some: float(np.max(some)), plain)
+    assert alone["vanilla"] == alone["ci95"][1] == plain.max()
+    assert alone["controlled"] is alone["delta"] is None

@@ -12,7 +12,7 @@ import torch
 from attnctrl.metrics.frechet import frechet_distance
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.toybox.models.flux import tiny_pipeline
-from attnctrl.toybox.suite import COMMON, Options, Picture, build_controls, diversity, measure, time_ratio
+from attnctrl.toybox.suite import COMMON, Options, Picture, Whole, build_controls, diversity, measure, time_ratio
 from attnctrl.toybox.suites_layout import LAYOUT, VARIANTS, worded_preset
 from attnctrl.toybox.suites_run import Runner
 
@@ -31,7 +31,9 @@ COUNTS = replace(
     values=lambda task, images, plain: {"task": task, "same": float(np.array_equal(images[0], plain[0]))},
     better={"task": "higher", "same": "lower"},
     fidelity=lambda task, images: 0.25,
-    whole={"pictures": ("lower", lambda tasks, drawn: float(len(tasks) + 10 * sum(map(len, drawn))))},
+    whole={
+        "pictures": Whole("lower", lambda task, images: len(images), lambda read: float(len(read) + 10 * sum(read)))
+    },
     controls={},
     variants={},
 )
@@ -64,7 +66,7 @@ def test_a_suite_without_controls_gives_plain_values_with_intervals(runner):
     assert (entry["vanilla"], entry["controlled"], entry["better"]) == (pytest.approx(np.mean(tasks)), None, "higher")
     assert min(tasks) <= entry["ci95"][0] <= entry["ci95"][1] <= max(tasks)
     assert found["metrics"]["pictures"] == {
-        "vanilla": 63.0, "controlled": None, "delta": None, "ci95": None, "better": "lower",
+        "vanilla": 63.0, "controlled": None, "delta": None, "ci95": [63.0, 63.0], "better": "lower",
     }  # fmt: skip
     assert found["metrics"]["prompt_fidelity"]["vanilla"] == 0.25
     assert found["metrics"]["same"]["vanilla"] == 1

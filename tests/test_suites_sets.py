@@ -49,11 +49,18 @@ def test_a_cast_that_stays_is_consistent():
 def test_the_margin_is_over_other_casts():
     tasks = [sets.SUBJECTS.task("test", index)[0] for index in range(3)]
     images = [[drawn(told) for told in task] for task in tasks]
-    margin = sets.identity_margin(tasks, images)
+    whole = sets.SUBJECTS.whole["identity_margin"]
+    casts = whole.reads(tasks, images)
+    margin = whole.of(casts)
     within = np.mean([sets.subjects_values(t, i, i)["identity_similarity"] for t, i in zip(tasks, images, strict=True)])
     assert 0.2 < margin < within
     # the same cast in every task has no margin
-    assert abs(sets.identity_margin([tasks[0]] * 3, [images[0]] * 3)) < 0.1
+    assert abs(whole.of(whole.reads([tasks[0]] * 3, [images[0]] * 3))) < 0.1
+    # a cast that is drawn twice is never its own neighbour
+    assert whole.of([casts[0], casts[0], casts[1]]) > 0.2
+    assert whole.of([casts[0]] * 2) == pytest.approx(
+        sets.subjects_values(tasks[0], images[0], ())["identity_similarity"]
+    )
 
 
 def test_one_style_is_consistent_and_four_are_not():
@@ -109,11 +116,12 @@ def test_guidance_is_measured_against_renders():
     assert np.mean([one["binding"] for one in values]) == 1
     assert max(one["saturation"] for one in values) == 0
     # each render twice has its mean and, but for N - 1, its covariance
-    assert guidance.frechet(tasks, renders) < 1e-3
+    frechet = guidance.GUIDANCE.whole["frechet"]
+    assert frechet.of(frechet.reads(tasks, renders)) < 1e-3
     # pale pictures are not as colourful, and further away
     pale = [[(0.4 * image + 0.6 * 128).astype(np.uint8) for image in images] for images in renders]
     assert guidance.values(tasks[0], pale[0], renders[0])["saturation"] > 0.01
-    assert guidance.frechet(tasks, pale) > 0.1
+    assert frechet.of(frechet.reads(tasks, pale)) > 0.1
     # a subject too many is not bound
     doubled = [world.render(tasks[0].scene).image.copy() for _ in range(2)]
     for image in doubled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .consistency import auc, auc_metric, identity_similarity, set_consistency
 from .detections import Detector, Embed, Wanted, assign, measure_layout
 from .layout import Detection, background_similarity, fill_ratio, inclusion_ratio, pixel_box, seam
-from .stats import Interval, Metric, bootstrap_interval, metric, paired_interval, result
+from .stats import Interval, Metric, bootstrap_interval, metric, paired_interval, result, set_metric
 
 __all__ = [
     "Detection",
@@ -29,4 +29,5 @@ __all__ = [
     "result",
     "seam",
     "set_consistency",
+    "set_metric",
 ]

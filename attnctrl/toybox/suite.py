@@ -17,7 +17,7 @@ from PIL import Image
 import attnctrl
 from attnctrl.controls import CONTROLS
 from attnctrl.execute.bench import interleaved
-from attnctrl.metrics import metric, result
+from attnctrl.metrics import metric, result, set_metric
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.metrics.stats import Better, Metric
 from attnctrl.region import Region
@@ -71,6 +71,25 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Whole(Generic[T]):
+    """A number that only a whole set of pictures has.
+
+    Attributes:
+        better: its direction.
+        read: (task, its images) -> what the number is made of.
+        of: what was read of several tasks -> the number; a task may be there more than once, as the same object.
+    """
+
+    better: Better
+    read: Callable[[T, Images], Any]
+    of: Callable[[Sequence[Any]], float]
+
+    def reads(self, tasks: Sequence[T], drawn: Sequence[Images]) -> list[Any]:
+        """What is read of each task."""
+        return [self.read(task, images) for task, images in zip(tasks, drawn, strict=True)]
+
+
+@dataclass(frozen=True)
 class Suite(Generic[T]):
     """What is measured.
 
@@ -81,7 +100,7 @@ class Suite(Generic[T]):
         values: (task, images, images of the same seeds without control) -> a value for each metric.
         better: the direction of each of these metrics.
         fidelity: (task, images) -> how much of the prompts they show, in [0, 1].
-        whole: (tasks, images of each) -> one value for all of them, for metrics of whole sets of pictures.
+        whole: metrics of whole sets of pictures.
         controls: what acts.
         variants: what else can be measured; where that differs by model, a function of what runs it.
     """
@@ -92,7 +111,7 @@ class Suite(Generic[T]):
     values: Callable[[T, Images, Images], dict[str, float]]
     better: Mapping[str, Better]
     fidelity: Callable[[T, Images], float]
-    whole: Mapping[str, tuple[Better, Callable[[Sequence[T], Sequence[Images]], float]]] = field(default_factory=dict)
+    whole: Mapping[str, Whole[T]] = field(default_factory=dict)
     controls: Acting = field(default_factory=dict)
     variants: Mapping[str, Acting] | Callable[[Runner], Mapping[str, Acting]] = field(default_factory=dict)
 
@@ -154,15 +173,15 @@ def measure(
         drawn[prefix.rstrip(".") or "controlled"] = images
         for name, direction in better.items():
             metrics[prefix + name] = metric([v[name] for v in vanilla], [v[name] for v in steered], direction)
-        for name, (direction, whole) in suite.whole.items():
-            metrics[prefix + name] = _single(direction, whole(tasks, plain), whole(tasks, images))
+        for name, one in suite.whole.items():
+            metrics[prefix + name] = set_metric(one.of, one.reads(tasks, plain), one.reads(tasks, images), one.better)
         metrics[f"{prefix}time_ratio"] = _single("lower", 1.0, time_ratio(runner, wanted, controls))
         metrics[f"{prefix}memory_ratio"] = _single("lower", 1.0, _memory(runner, wanted, controls))
         for row, values in zip(rows, steered, strict=True):
             row[prefix.rstrip(".") or "controlled"] = values
     if not settings:
         metrics = {name: metric([v[name] for v in vanilla], None, way) for name, way in better.items()}
-        metrics |= {name: _single(way, whole(tasks, plain)) for name, (way, whole) in suite.whole.items()}
+        metrics |= {n: set_metric(one.of, one.reads(tasks, plain), None, one.better) for n, one in suite.whole.items()}
     if options.grid is not None:
         options.grid(_grid(wanted, drawn))
     found = result(suite.name, model, seeds, time.monotonic() - begin, metrics)

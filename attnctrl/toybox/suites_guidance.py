@@ -12,7 +12,7 @@ from attnctrl.metrics.frechet import frechet_distance
 from . import world
 from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Found, agrees, match, read_picture
-from .suite import Images, Picture, Suite
+from .suite import Images, Picture, Suite, Whole
 from .suites_layout import told_share
 
 PER_TASK = 2
@@ -81,10 +81,14 @@ def _anything() -> tuple[np.ndarray, Found]:
     return image, read_picture(image).subjects[0]
 
 
-def frechet(tasks: Sequence[Task], drawn: Sequence[Images]) -> float:
+def _seen(task: Task, images: Images) -> tuple[list[np.ndarray], np.ndarray]:
+    """`features` of the pictures, and of the render of the told scene."""
+    return [features(image) for image in images], features(world.render(task.scene, *images[0].shape[:2]).image)
+
+
+def frechet(seen: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> float:
     """Frechet distance of `features` between the pictures and renders of the told scenes."""
-    renders = [features(world.render(task.scene, *drawn[0][0].shape[:2]).image) for task in tasks]
-    return frechet_distance(np.array([features(image) for images in drawn for image in images]), np.array(renders))
+    return frechet_distance(np.array([one for own, _ in seen for one in own]), np.array([one for _, one in seen]))
 
 
 def fidelity(task: Task, images: Images) -> float:
@@ -99,5 +103,5 @@ GUIDANCE = Suite(
     values=values,
     better={"binding": "higher", "saturation": "lower"},
     fidelity=fidelity,
-    whole={"frechet": ("lower", frechet)},
+    whole={"frechet": Whole("lower", _seen, frechet)},
 )

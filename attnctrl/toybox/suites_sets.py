@@ -6,11 +6,11 @@ untold style should be one. `reposition`: one subject near to, far from and smal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from attnctrl.region import Region
 from . import world
 from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Reading, match, read_picture
-from .suite import Acting, Images, Picture, Suite
+from .suite import Acting, Images, Picture, Suite, Whole
 from .suites_layout import told_share
 from .suites_run import Runner
 
@@ -43,6 +43,7 @@ class Told:
 
 
 Task = tuple[Told, ...]
+T = TypeVar("T")
 
 
 def _told(shape: str, color: str, pattern: str | None, place: str, background: str, size: str | None = None) -> Told:
@@ -126,13 +127,20 @@ def subjects_values(task: Task, images: Images, plain: Images) -> dict[str, floa
     return {"identity_similarity": float(np.mean([_cosine(a, b) for a, b in pairs]))}
 
 
-def identity_margin(tasks: Sequence[Task], drawn: Sequence[Images]) -> float:
-    """Mean similarity within casts, less that between each cast and the next one."""
-    found = [_identities(task, images) for task, images in zip(tasks, drawn, strict=True)]
-    within = [_cosine(a, b) for one in found for a, b in combinations(one, 2)]
-    pairs = zip(found, found[1:] + found[:1], strict=True)
-    between = [_cosine(a, b) for one, other in pairs for a in one for b in other]
-    return float(np.mean(within) - np.mean(between))
+def identity_margin(casts: Sequence[Sequence[np.ndarray | None]]) -> float:
+    """Mean similarity within casts (the identities in the pictures of each), less that between each cast and the next
+    other one; a cast alone has nothing but the former."""
+    within = [_cosine(a, b) for one in casts for a, b in combinations(one, 2)]
+    between = [_cosine(a, b) for one, other in _neighbours(casts) for a in one for b in other]
+    return float(np.mean(within) - (np.mean(between) if between else 0.0))
+
+
+def _neighbours(casts: Sequence[T]) -> Iterator[tuple[T, T]]:
+    """Each one and the next one round the circle that is another."""
+    for index, one in enumerate(casts):
+        following = (*casts[index + 1 :], *casts[:index])
+        if other := [found for found in following if found is not one][:1]:
+            yield one, other[0]
 
 
 def reposition_values(task: Task, images: Images, plain: Images) -> dict[str, float]:
@@ -208,7 +216,7 @@ SUBJECTS = Suite(
     values=subjects_values,
     better={"identity_similarity": "higher"},
     fidelity=fidelity,
-    whole={"identity_margin": ("higher", identity_margin)},
+    whole={"identity_margin": Whole("higher", _identities, identity_margin)},
     controls=partial(rehearsed, name="subjects"),
     variants=SUBJECT_VARIANTS,
 )
