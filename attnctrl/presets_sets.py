@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .attach import parts_of
-from .controls import Control, Harmonize, Isolate, Share
+from .controls import Control, Harmonize, Isolate, Reposition, Share
 from .controls.base import scenes_of
+from .controls.reposition import Mode
 from .families import family_of
 from .region import Overlap
 from .schedule import Window
@@ -45,6 +46,7 @@ def subjects(
     window: Window = (0.3, 1.0),
     harmony: float = 0.0,
     apart: Window = (0.1, 0.5),
+    reposition: Mode | None = None,
     anchors: int | None = None,
     group: int | None = None,
 ) -> list[Control]:
@@ -56,6 +58,7 @@ def subjects(
         window: of reading; what comes before it decides where things stand.
         harmony: strength of `Harmonize` on top, from a tenth of the run to six tenths; 0 is not there.
         apart: of the isolation, which is there where some picture has several subjects.
+        reposition: how what is read is moved to its namesake's place, see `Reposition`; None leaves it where it stands.
         anchors: so many pictures at the beginning are read; None lets all read each other.
         group: so many pictures that follow each other are a set; None makes one of the batch.
     """
@@ -65,6 +68,8 @@ def subjects(
     if several:
         stack.append(Isolate(regions, overlap=overlap, background="shared", text=False, branch="all", window=apart))
     stack.append(Share(regions, tokens="subject", queries="same", weight=weight, window=window, **told))
+    if reposition is not None:
+        stack.append(Reposition(mode=reposition, layers="shared", window=window))
     if harmony:
         stack.append(Harmonize(regions, strength=harmony, window=(0.1, 0.6), floor=0.5, **told))
     return stack
@@ -136,13 +141,20 @@ def ir_diffusion(
     group: int | None = None,
     query_ratio: float = 0.5,
     seed: int = 0,
+    reposition: Mode = "resample",
 ) -> list[Control]:
-    """IR-Diffusion (arXiv 2411.19261) without its reposition: subjects of one picture do not see each other, and half
-    of the tokens of each read their namesake in the first pictures."""
+    """IR-Diffusion (arXiv 2411.19261): subjects of one picture do not see each other, and half of the tokens of each
+    read their namesake in the first pictures.
+
+    Args:
+        reposition: "resample" is what the published code comes to; "rope" moves what is read, as the paper means it, in
+            models with rotary positions.
+    """
     told: dict[str, Any] = {"overlap": overlap, **_read(anchors, group)}
     return [
         Isolate(regions, overlap=overlap, background="shared", text=False, branch="all"),
         Share(regions, tokens="subject", queries="same", query_ratio=query_ratio, seed=seed, layers="shared", **told),
+        Reposition(mode=reposition, layers="shared"),
     ]
 
 
@@ -157,6 +169,7 @@ SETS: Mapping[str, Callable[..., list[Control]]] = {
 
 CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("subjects", "unet"): {"weight": 2.0, "window": (0.1, 1.0), "harmony": 0.8},
+    ("subjects", "flux"): {"reposition": "rope"},
 }
 """By preset and family: options that were measured better on its embedded model than the preset's own."""
 

@@ -45,7 +45,7 @@ class Move:
 
     def of(self, tokens: TokenSet, image: TokenRange) -> Move:
         """The move of some of a layer's key tokens, of which those of `image` are the picture's."""
-        if self.turn is None or self.turn[1].ndim == 1:
+        if self.turn is None or self.turn[1].ndim == 1 or not tokens.count:
             return self
         rotary, shift = self.turn
         mine = tokens.take(torch.nn.functional.pad(shift, (0, 0, image.start, 0)), 0)

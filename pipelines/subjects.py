@@ -8,6 +8,7 @@ story.sheet().save("story.png")
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
 from attnctrl.pipelines.cast import Character, Shot, resolve, told_by
 
+from attnctrl.controls.reposition import UnmovedWarning
 from attnctrl.errors import ControlError
 from attnctrl.scene import MAX_SEED, Scene
 from attnctrl.schedule import Window, window_from_json, window_to_json
@@ -298,7 +300,10 @@ class MultiSubjectPipeline(Wrapper):
     ) -> tuple[ScenePicture, ...]:
         """The pictures, whose records hold the story."""
         seeds = [[_seed(shot)] for shot in rehearsal.shots]
-        pictures = self.draw(rehearsal.scenes, seeds, acting, bool(acting), progress)
+        with warnings.catch_warnings():
+            # who is not in a picture is not read by it
+            warnings.simplefilter("ignore", UnmovedWarning)
+            pictures = self.draw(rehearsal.scenes, seeds, acting, bool(acting), progress)
         story = {
             "cast": [asdict(one) for one in rehearsal.cast],
             "shots": [

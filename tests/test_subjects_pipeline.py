@@ -61,7 +61,8 @@ def test_a_story_is_a_rehearsal_and_a_run_with_the_presets_controls(kind):
     # the run is the preset on these regions
     options = chosen_options("subjects", pipe.pipe, leading=False)
     stack = ac.preset("subjects", [list(own) for own in rehearsal.regions], **options)
-    assert [one.name for one in stack] == ["isolate", "share", *(["harmonize"] if kind == "unet" else [])]
+    more = {"unet": ["harmonize"], "flux": ["reposition"]}.get(kind, [])
+    assert [one.name for one in stack] == ["isolate", "share", *more]
     assert story.options == options
     again = pipe.draw(rehearsal.scenes, [[5], [7], [7]], stack, True, None)
     for one, two, plain in zip(story.pictures, again, rehearsal.pictures, strict=True):
@@ -100,7 +101,7 @@ def test_a_first_shot_with_everybody_is_the_one_that_others_read():
     everybody = [SHOTS[1], SHOTS[0], SHOTS[2]]
     found = {kind: wrapped(kind)(CAST, everybody, **SIZES) for kind in PIPES}
     assert {kind: story.anchors for kind, story in found.items()} == {"unet": 3, "sd3": 1, "flux": 1}
-    assert found["flux"].options == {"anchors": 1}
+    assert found["flux"].options == {"anchors": 1, "reposition": "rope"}
     assert wrapped("flux")(CAST, everybody, options={"anchors": None}, **SIZES).anchors == 3
 
 

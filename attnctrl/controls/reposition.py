@@ -24,9 +24,13 @@ from ..sources import Move
 from ..visibility import Visibility
 from .base import Branch, Control
 
-__all__ = ["Mode", "Reposition"]
+__all__ = ["Mode", "Reposition", "UnmovedWarning"]
 
 Mode = Literal["rope", "resample"]
+
+
+class UnmovedWarning(UserWarning):
+    """What is read of a picture stays where it stands, since nothing here has its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,7 @@ class Reposition(Control):
                 f"'{self.name}' moves subjects of pictures of the batch, and where those of a bank stood is not "
                 "known. Leave it out, or draw the pictures in one batch."
             )
-        if not situation.regions:
+        if not situation.regions and not any(situation.others.values()):
             raise ControlError(
                 f"'{self.name}' moves subjects, but no control of the stack declares regions, so nothing tells where "
                 "they are. Give `Share` regions=[...], one list per picture."
@@ -142,6 +146,7 @@ class Reposition(Control):
                 f"'{self.name}': picture {other} has the regions {', '.join(lacking)}, which picture "
                 f"{situation.line.image} has not: as far as it reads them, they stay where they are. Give regions of "
                 "one subject the same name.",
+                UnmovedWarning,
                 stacklevel=2,
             )
 
