@@ -145,9 +145,38 @@ def test_the_start_page_runs() -> None:
     (block,) = blocks("index.md")
     exec(block, names)
     told = names["handle"].report().controls
-    assert [one.name for one in told] == ["group_isolation", "isolate"]
-    assert [one.steps for one in told] == [(0, 1, 2, 3), (0, 1)]
+    assert [one.name for one in told] == ["isolate", "group_isolation"]
+    assert [one.steps for one in told] == [(0, 1), (0, 1, 2, 3)]
     assert names["image"].size == (64, 64)
+
+
+def test_the_page_of_evaluation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that it names are not here: what is loaded finds the brightest pixels of a colour, cats are red."""
+    import numpy as np
+
+    from attnctrl.metrics import Detection, pretrained
+
+    def find(image: np.ndarray, labels: list[str]) -> list[Detection]:
+        channels = {"a cat": 0, "a dog": 2}
+        masks = {label: image[..., channels[label]] == 255 for label in labels}
+        return [Detection(label, (0.0, 0.0, 1.0, 1.0), mask) for label, mask in masks.items() if mask.any()]
+
+    monkeypatch.setattr(pretrained.OpenVocabularyDetector, "load", lambda: find)
+    monkeypatch.setattr(pretrained.ImageEmbedding, "load", lambda: lambda image, found: np.ones(2))
+    scene = np.zeros((4, 8, 3), np.uint8)
+    image, cat, dog = (scene.copy() for _ in range(3))
+    image[:, :4, 0] = cat[..., 0] = 255
+    image[:, 2:, 2] = dog[..., 2] = 255
+    names: dict[str, Any] = {"image": image, "cat": cat, "dog": dog, "scene": scene}
+    (block,) = blocks("evaluation.md")
+    *lines, call = block.strip().splitlines()
+    exec("\n".join(lines), names)
+    told = eval(call, names)
+    # the cat fills its half and no more, a third of the dog is outside of its half
+    assert told["inclusion_ratio"] == pytest.approx((1 + 2 / 3) / 2)
+    assert told["fill_ratio"] == 1
+    assert told["identity_similarity"] == pytest.approx(1)
+    assert "background_similarity" in told
 
 
 def test_diagrams_are_what_their_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
