@@ -1,4 +1,4 @@
-"""The diagrams of docs/how-it-works.md: `python docs/diagrams.py` draws them anew into docs/images/ (`make docs` does).
+"""The diagrams of docs/how-it-works.md: `python docs/diagrams.py` draws them anew into docs/images/.
 
 One picture for the idea, tokens by tokens, and one for each stage of a call. Drawn from the toy sequence below, with
 Pillow alone; a test compares the pixels with what is kept.
