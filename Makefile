@@ -45,8 +45,9 @@ $(DOCS): $(STAMP)
 	@$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
+# not --quiet, which hides warnings from --strict as well
 docs: $(DOCS) ## the site of docs/, with every link checked: out/site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## style and common mistakes
 	@$(BIN)/ruff check .
