@@ -6,10 +6,11 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/attnctrl.stamp
+DOCS := $(VENV)/docs.stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all results lint format types clean
+.PHONY: help install demo test test-all results docs lint format types clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +40,14 @@ test-all: $(STAMP) ## the tests, the slow ones too
 results: $(STAMP) ## docs/results.md and the model cards, from the stored results
 	@$(BIN)/python -m attnctrl.toybox.results
 	@for card in assets/toy-*; do $(BIN)/python -m attnctrl.toybox.card $${card#assets/}; done
+
+$(DOCS): $(STAMP)
+	@$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# not --quiet, which hides warnings from --strict as well
+docs: $(DOCS) ## the site of docs/, with every link checked: out/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## style and common mistakes
 	@$(BIN)/ruff check .
