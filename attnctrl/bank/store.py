@@ -224,7 +224,7 @@ class Bank:
 
     def nearest_step(self, sigma: float | None) -> int:
         """The kept step at the noise level nearest to `sigma`, for runs over other levels: an inversion calls the model
-        at the levels of generation and at 0, but not at the noisiest one, for which the next one stands.
+        at 0 as well, and at the noisiest level only where it is told to arrive; else the next one stands for it.
 
         Raises:
             ScheduleError: when none is as near as the bank's own levels are to each other, or it is not kept.
@@ -241,8 +241,8 @@ class Bank:
         widest = max((abs(a - b) for a, b in pairwise(levels)), default=0.0)
         if away[nearest] > widest + _TOLERANCE:
             raise ScheduleError(
-                f"The bank is of a run of {_levels(self.sigmas)}, none of them near sigma {sigma:.4g}. Read it in a run "
-                "of the scheduler and size of the bank."
+                f"The bank is of a run of {_levels(self.sigmas)}, none of them near sigma {sigma:.4g}. Read it in a "
+                "run of the scheduler and size of the bank."
             )
         return self.kept_step(nearest)
 

@@ -128,7 +128,10 @@ def test_levels_are_found_by_noise_and_what_is_not_there_is_refused() -> None:
     with attached(setting, ac.Inject(bank=bank), (0.5, 0.3, 0.1)):
         setting.run()
     for sigmas in ((0.6, 0.3), (0.4, 0.3)):
-        with attached(setting, ac.Inject(bank=bank), sigmas), pytest.raises(ac.ScheduleError, match="none of them near"):
+        with (
+            attached(setting, ac.Inject(bank=bank), sigmas),
+            pytest.raises(ac.ScheduleError, match="none of them near"),
+        ):
             setting.run()
     bank.sigmas = (0.9, 0.5, 0.1)
     assert [bank.kept_step(0), bank.nearest_step(0.95), bank.nearest_step(1.0)] == [0, 0, 0]
