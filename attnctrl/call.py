@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .bank import Recalled
 from .content import RowContents, States, changed
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
@@ -28,7 +29,7 @@ from .layout import Frame, Layout
 from .output import RowOutputs, edited, of_rows
 from .region import Region
 from .schedule import Moment
-from .sources import Sources, Stored, compacted, shifted
+from .sources import Sources, compacted, shifted
 from .variants import Line
 from .visibility import Visibility, compose
 
@@ -251,9 +252,10 @@ class Act:
         self._rows = sum(map(len, told)) if told else None
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[Recalled, ...]:
         """What is read of banks."""
-        return tuple(one for one in self.sources if isinstance(one, Stored))
+        edits = (edit for _, edits in self.contents for edit in edits)
+        return tuple(one for one in (*self.sources, *edits) if isinstance(one, Recalled))
 
     def at(self, layer: str, moment: Moment) -> Act:
         """The same for a layer of a forward, with what it reads of banks.
@@ -264,6 +266,7 @@ class Act:
         placed = {id(one): one.at(layer, moment) for one in self.stored}
         made = copy.copy(self)
         made.sources = tuple(placed.get(id(one), one) for one in self.sources)
+        made.contents = tuple((rows, tuple(placed.get(id(one), one) for one in edits)) for rows, edits in self.contents)
         made.outputs = tuple((rows, part, placed.get(id(one), one), edits) for rows, part, one, edits in self.outputs)
         return made
 

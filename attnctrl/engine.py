@@ -300,8 +300,8 @@ class Engine:
     def _check_banks(self, acting: Sequence[tuple[Row, tuple[int, ...]]], moment: Moment) -> None:
         """Whether rows can read the banks that they are to read."""
         for row, seats in dict.fromkeys((row.branch, seats) for row, seats in acting):
-            for bank in self.stack.banks(seats):
-                bank.check(self._identity, moment, row)
+            for control in self.stack.recalling(seats):
+                control.check_bank(self._identity, moment, row)
                 if is_compiled(self.model):
                     raise UnsupportedModelError(
                         "A bank cannot be read inside compiled code: its keys change at every step. Read it before the "

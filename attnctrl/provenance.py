@@ -113,6 +113,12 @@ def restore(path: str | Path) -> tuple[Scene, dict[str, Any]]:
     """
     chunks, label = _chunks(path), str(path)
     record = _record(chunks, label)
+    if "edit" in record:
+        problem, remedy = (
+            "the picture was edited from another one, which it does not carry",
+            "run `attnctrl edit` again",
+        )
+        raise scene_error(label, [Problem("", problem, f"settings {sorted(record.get('settings', {}))}", remedy)])
     folder = SceneFolder(Path(path).parent)
     try:
         files = {name: _file(name, entry, chunks, folder, label) for name, entry in record.get("files", {}).items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .bank import Bank, checked_branch
+from .bank import checked_branch
 from .call import Act, Row, Situation, build_plan
 from .content import Content, RowContents, Standing
 from .controls.base import Control
@@ -98,20 +98,21 @@ class Stack(Situations):
 
     def line(self, row: Row, active: tuple[int, ...], images: int, moment: Moment) -> Line:
         """What is told of a row of a branch of so many rows, in which these seats act."""
-        joint = [one for index in active if (one := self.seats[index].control).shares or one.compares]
+        acting = (self.seats[index].control for index in active)
+        joint = [one for one in acting if one.shares or one.compares or one.recalls is not None]
         if not joint:
             return Line(row.sample, active)
         banks = tuple(one.recalls.version for one in joint if one.recalls is not None)
         stored = (checked_branch(row.branch), banks) if banks else None
         draw = 1 + (moment.step or 0) if any(one.draws for one in joint) else 0
-        # rows that read banks alone read the same
-        place = (0, 1) if len(banks) == len(joint) else (row.image, images)
+        # rows that share pictures of banks alone read the same
+        place = (0, 1) if all(one.shares and one.recalls is not None for one in joint) else (row.image, images)
         return Line(row.sample, active, *place, draw, stored)
 
-    def banks(self, active: Sequence[int]) -> tuple[Bank, ...]:
-        """The banks that rows read in which these seats act."""
-        found = (self.seats[index].control.recalls for index in active)
-        return tuple(bank for bank in found if bank is not None)
+    def recalling(self, active: Sequence[int]) -> tuple[Control, ...]:
+        """Those of these seats' controls that read banks."""
+        found = (self.seats[index].control for index in active)
+        return tuple(control for control in found if control.recalls is not None)
 
     def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer."""

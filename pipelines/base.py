@@ -244,15 +244,21 @@ class Wrapper:
     def _record(self, pipe: Any, scene: Scene, settings: Settings, seed: int, controlled: bool) -> dict[str, Any]:
         filled = {key: value for key, value in asdict(settings).items() if key in type(scene).model_fields}
         name = self.identity["name"]
-        scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
         return {
             "scene": {**scene.to_dict(), **filled, "model": name if is_model_name(name) else f"./{name}", "seed": seed},
             "seed": seed,
             "controlled": controlled,
+            "settings": asdict(settings),
+            **self.stage(pipe),
+        }
+
+    def stage(self, pipe: Any) -> dict[str, Any]:
+        """What every record tells of the pipeline and the machine."""
+        scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+        return {
             "model": self.identity,
             "pipeline": stock_name(pipe, self.runs_on),
             "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(scheduler)},
-            "settings": asdict(settings),
             "device": str(pipe._execution_device),
             "dtype": str(_denoiser(pipe).dtype).removeprefix("torch."),
             "versions": provenance.versions(),

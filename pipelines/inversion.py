@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from inspect import signature
 from typing import Any, Literal, get_args
 
@@ -126,6 +127,7 @@ class Inverter(Wrapper):
         *,
         progress: Progress | None = None,
         keep: str | None = "cpu",
+        arrive: bool = False,
     ) -> Trajectory:
         """The path from pictures to noise, over the levels that generation uses, reversed.
 
@@ -134,6 +136,8 @@ class Inverter(Wrapper):
             settings: how.
             progress: called after every step.
             keep: device of the latents that are kept; None leaves them where the model is.
+            arrive: flow models run once more where the path ends, so that controls that watch have met every level at
+                which generation runs; the path stays what it is.
 
         Raises:
             AssetError, LayoutError: as `encode`.
@@ -143,7 +147,7 @@ class Inverter(Wrapper):
         """
         read = read_pictures(pictures)
         size, clean = size_of(self.pipe, read), self.encode(read)
-        path, sigmas, record = self._run(clean, size, settings, None, progress, keep)
+        path, sigmas, record = self._run(clean, size, settings, None, progress, keep, arrive)
         return Trajectory(torch.stack(path[::-1]), sigmas, record)
 
     def generate(
@@ -189,11 +193,12 @@ class Inverter(Wrapper):
         clean: Tensor | None,
         progress: Progress | None,
         keep: str | None,
+        arrive: bool = False,
     ) -> tuple[list[Tensor], tuple[float, ...], dict[str, Any]]:
         """Latents along the way, the descending sigmas, the record; `clean` is what generation may hold on to."""
         settings = self.completed(settings)
         path: list[Tensor] = []
-        route = flow_route if self.adapter.flow else diffusion_route
+        route = partial(flow_route, arrive=arrive) if self.adapter.flow else diffusion_route
         with begun(
             self.pipe, self.adapter, self.call_arguments(settings, size, len(start)), settings.guidance
         ) as denoiser:
@@ -228,24 +233,33 @@ Route = tuple[tuple[float, ...], Iterator[Tensor]]
 """Descending sigmas of generation, and the latents at them, in the order in which they are walked."""
 
 
-def flow_route(denoiser: Denoiser, settings: InversionSettings, start: Tensor, clean: Tensor | None) -> Route:
-    """From `start` up to noise, or down to a picture where `clean` is given."""
+def flow_route(
+    denoiser: Denoiser, settings: InversionSettings, start: Tensor, clean: Tensor | None, *, arrive: bool = False
+) -> Route:
+    """From `start` up to noise, or down to a picture where `clean` is given; `arrive` runs the denoiser there too."""
     scheduler, step = denoiser.scheduler, _STEP[str(settings.method)]
     sigmas = tuple(scheduler.sigmas.tolist())
     to_noise = clean is None
     along = sigmas[::-1] if to_noise else sigmas
-    marks = sorted({one.sigma for one in evaluations(along, step)}, reverse=True)
+    marks = sorted({*(one.sigma for one in evaluations(along, step)), *along[-1:] * arrive}, reverse=True)
     unit = scheduler.config.num_train_timesteps
     denoiser.set_levels([unit * mark for mark in marks], marks)
 
     def velocity(z: Tensor, sigma: float) -> Tensor:
         return denoiser(z, unit * sigma, marks.index(sigma))
 
+    def arriving(path: Iterator[Tensor]) -> Iterator[Tensor]:
+        for latents in path:  # the last of them stays
+            yield latents
+        if arrive:
+            velocity(latents, along[-1])
+
     if settings.method != "controlled":
-        return sigmas, walk(velocity, start, along, step)
+        return sigmas, arriving(walk(velocity, start, along, step))
     if clean is None:
         noise = torch.randn(start.shape, generator=torch.Generator("cpu").manual_seed(settings.seed)).to(start)
-        return sigmas, walk(pulled(velocity, noise, 1.0, lambda _sigma: settings.gamma), start, along, step)
+        towards_noise = pulled(velocity, noise, 1.0, lambda _sigma: settings.gamma)
+        return sigmas, arriving(walk(towards_noise, start, along, step))
     strength = fading(sigmas, settings.eta, settings.window, settings.power)
     return sigmas, walk(pulled(velocity, clean.to(start), 0.0, strength), start, along, step)
 

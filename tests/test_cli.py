@@ -17,7 +17,7 @@ from attnctrl import files, provenance
 from attnctrl.cli import run
 
 COMMANDS = (
-    "generate", "invert", "check", "demo", "maps", "eval", "bench execute", "bench idle", "bench inversion", "env",
+    "generate", "invert", "edit", "check", "demo", "maps", "eval", "bench execute", "bench idle", "bench inversion", "env",
     "info", "replay",
 )  # fmt: skip
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from ..schedule import Moment
 from .identity import differing
 from .packing import DTYPES, Packed, pack
 
-__all__ = ["Bank", "Entry", "Held", "checked_branch"]
+__all__ = ["Bank", "Entry", "Held", "Recalled", "checked_branch"]
 
 # schedulers keep their levels in float32
 _TOLERANCE = 1e-4
@@ -39,6 +40,18 @@ class Entry(NamedTuple):
     step: int
     branch: str
     picture: int
+
+
+@runtime_checkable
+class Recalled(Protocol):
+    """What is read of a bank, before it is said where a forward stands."""
+
+    def at(self, layer: str, moment: Moment) -> Any:
+        """The same for a layer of a forward.
+
+        Raises:
+            ControlError, ScheduleError: when the bank holds nothing for it.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +205,7 @@ class Bank:
             ScheduleError: when it is of other noise levels, or has not this step.
             UnsupportedModelError: when it is of another model.
         """
-        if not self.entries:
-            raise ControlError("The bank is empty: run the pipeline with Keep(bank=bank) first, or load one.")
-        self._check_model(model)
+        self.check_filled(model)
         self._check_levels(moment.sigmas)
         if branch not in self.branches:
             raise ControlError(
@@ -204,6 +215,36 @@ class Bank:
                 else _UNKNOWN_BRANCH
             )
         self.kept_step(moment.step)
+
+    def check_filled(self, model: Mapping[str, str]) -> None:
+        """Raises `ControlError` when it is empty, `UnsupportedModelError` when it is of another model."""
+        if not self.entries:
+            raise ControlError("The bank is empty: run the pipeline with Keep(bank=bank) first, or load one.")
+        self._check_model(model)
+
+    def nearest_step(self, sigma: float | None) -> int:
+        """The kept step at the noise level nearest to `sigma`, for runs over other levels: an inversion calls the model
+        at 0 as well, and at the noisiest level only where it is told to arrive; else the next one stands for it.
+
+        Raises:
+            ScheduleError: when none is as near as the bank's own levels are to each other, or it is not kept.
+        """
+        if sigma is None:
+            raise ScheduleError(
+                "The bank is read by noise level, and that of this forward cannot be told. Attach to the pipeline, or "
+                "pass scheduler=... after its set_timesteps."
+            )
+        # the share of noise, which is finite where there is no signal
+        levels = [1 - 1 / (1 + one) for one in self.sigmas]
+        away = [abs(level - (1 - 1 / (1 + sigma))) for level in levels]
+        nearest = min(range(len(levels)), key=away.__getitem__)
+        widest = max((abs(a - b) for a, b in pairwise(levels)), default=0.0)
+        if away[nearest] > widest + _TOLERANCE:
+            raise ScheduleError(
+                f"The bank is of a run of {_levels(self.sigmas)}, none of them near sigma {sigma:.4g}. Read it in a "
+                "run of the scheduler and size of the bank."
+            )
+        return self.kept_step(nearest)
 
     def kept_step(self, step: int | None) -> int:
         """The step whose keys stand for this one: itself, or the last one before within `every`.
@@ -216,7 +257,7 @@ class Bank:
             steps = self.steps
             raise ScheduleError(
                 f"The bank keeps no keys for step {step}; it has {len(steps)} steps from {steps[0]} to {steps[-1]} "
-                f"of a run of {len(self.sigmas)}. Give Share a window inside that of Keep, or keep more."
+                f"of a run of {len(self.sigmas)}. Read it in a window inside that of Keep, or keep more."
             )
         return near[-1]
 
@@ -231,7 +272,7 @@ class Bank:
         if len(there) < len(found):
             raise ControlError(
                 f"The bank keeps nothing of the layers of frame '{frame}' that read it; it has {_listed(self.layers)}. "
-                "Give Share the layers that Keep had."
+                "Read it in the layers that Keep had."
             )
         return there
 
@@ -242,8 +283,8 @@ class Bank:
             layers = _listed(dict.fromkeys(entry.layer for entry in missing))
             raise ControlError(
                 f"The bank keeps no keys of layer {layers} at step {missing[0].step} in branch '{missing[0].branch}' "
-                f"for picture {missing[0].picture}; it has {_listed(self.layers)}. Give Share the layers and window "
-                "that Keep had."
+                f"for picture {missing[0].picture}; it has {_listed(self.layers)}. Read it in the layers and "
+                "window that Keep had."
             )
 
     def save(self, path: str | Path) -> Path:

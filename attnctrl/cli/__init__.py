@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli import bench, check, demo, env, evaluate, generate, invert, maps, replay, subjects
+from attnctrl.cli import bench, check, demo, edit, env, evaluate, generate, invert, maps, replay, subjects
 from attnctrl.cli.output import note, show_warning
 
 FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
@@ -31,6 +31,7 @@ app.command("subjects")(subjects.subjects)
 app.command("info")(replay.info)
 app.command("replay")(replay.replay)
 app.command("invert")(invert.invert)
+app.command("edit")(edit.edit)
 app.command("check")(check.check)
 app.command("demo")(demo.demo)
 app.command("maps")(maps.maps)

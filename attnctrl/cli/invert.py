@@ -53,7 +53,7 @@ def invert(
     settings = InversionSettings(
         prompt=prompt, method=method, steps=steps, guidance=guidance, gamma=gamma, eta=eta, seed=seed
     )  # fmt: skip
-    image, found = _read(picture), named_model(model)
+    image, found = read_picture(picture), named_model(model)
     hush()
     checked = check_device(device)
     inverter = Inverter.from_pretrained(found, device=checked, dtype=getattr(torch, dtype.value) if dtype else None)
@@ -83,7 +83,7 @@ def invert(
     emit(form, result, lambda: _human(result), paths.values())
 
 
-def _read(path: Path) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
     """The picture as RGB. Raises `typer.BadParameter`."""
     from attnctrl.errors import AssetError
     from attnctrl.pipelines.references import load_reference

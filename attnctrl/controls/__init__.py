@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import CONTROLS, Control
 from .harmony import Harmonize
+from .inject import Inject
 from .isolation import Isolate
 from .keep import Keep
 from .lamic import GroupIsolation, RegionModulation
@@ -18,6 +19,7 @@ __all__ = [
     "Control",
     "GroupIsolation",
     "Harmonize",
+    "Inject",
     "Isolate",
     "Keep",
     "OpenTexts",

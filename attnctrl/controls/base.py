@@ -16,7 +16,7 @@ from ..layout import Span
 from ..output import Output
 from ..region import Overlap, Region
 from ..rotary import Rotary
-from ..schedule import Window, checked_window, is_empty, window_from_json, window_to_json
+from ..schedule import Moment, Window, checked_window, is_empty, window_from_json, window_to_json
 from ..select import Layer, Selector
 from ..sources import Move
 from ..visibility import Visibility
@@ -63,6 +63,8 @@ class Control:
     """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
+    in_documents: ClassVar[bool] = True
+    """It can be told by a document; otherwise it takes what only code can give."""
 
     layers: Selector = None
     window: Window = (0.0, 1.0)
@@ -71,7 +73,7 @@ class Control:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name and not cls.observes:
+        if cls.name and cls.in_documents and not cls.observes:
             CONTROLS[cls.name] = cls
 
     def __post_init__(self) -> None:
@@ -146,8 +148,17 @@ class Control:
 
     @property
     def recalls(self) -> Bank | None:
-        """The bank whose pictures are read in place of those of the batch; of sharing controls alone."""
+        """The bank that is read: by sharing controls in place of other pictures of the batch."""
         return None
+
+    def check_bank(self, model: Mapping[str, str], moment: Moment, branch: str | None) -> None:
+        """Whether a row of this branch can read the bank in a forward.
+
+        Raises:
+            ControlError, ScheduleError, UnsupportedModelError: when it cannot.
+        """
+        if self.recalls is not None:
+            self.recalls.check(model, moment, branch)
 
     @property
     def names_branches(self) -> bool:

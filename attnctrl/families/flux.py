@@ -110,6 +110,11 @@ def _early(counts: Mapping[str, int]) -> str:
     return f"single:0-{max(0, (counts['single'] + 1) // 2 - 1)}"
 
 
+def _late(counts: Mapping[str, int]) -> str:
+    count = counts["single"]
+    return f"single:{min(count - 1, count // 2 + 1)}-{count - 1}"
+
+
 def _middle(counts: Mapping[str, int]) -> str:
     index = (counts["double"] + counts["single"]) // 2
     return f"double:{index}" if index < counts["double"] else f"single:{index - counts['double']}"
@@ -127,8 +132,8 @@ FLUX = Family(
     pixels_per_token=16,
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
-    # Seg2Any isolates regions in single blocks 0..18 of 38, AlignedGen shares in single blocks
-    presets={"single-early": _early, "middle": _middle, "style": lambda counts: "single"},
+    # of 38 single blocks: Seg2Any isolates regions in 0..18, AlignedGen shares in all, RF-Edit injects in 20..37
+    presets={"single-early": _early, "middle": _middle, "style": lambda counts: "single", "edit": _late},
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,

@@ -63,7 +63,11 @@ SD3 = Family(
     measure=measure,
     arrange=arrange,
     batch=("uncond", "cond"),
-    presets={"middle": lambda counts: f"joint:{counts['joint'] // 2}"},
+    # values of sources are injected in the later half
+    presets={
+        "middle": lambda counts: f"joint:{counts['joint'] // 2}",
+        "edit": lambda counts: f"joint:{counts['joint'] // 2}-{counts['joint'] - 1}",
+    },
     pixels_per_token=16,
     timestep=lambda arguments: arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,

@@ -85,8 +85,8 @@ UNET = Family(
     measure=measure,
     arrange=arrange,
     batch=("uncond", "cond"),
-    # the layers of perturbed-attention guidance (PAG, SEG), and those of ConsiStory and StoryDiffusion
-    presets={"middle": lambda counts: "mid.self", "shared": lambda counts: "up.self"},
+    # layers of perturbed-attention guidance (PAG, SEG), of ConsiStory and StoryDiffusion, and the same ones to edit
+    presets={"middle": lambda counts: "mid.self", "shared": lambda counts: "up.self", "edit": lambda counts: "up.self"},
     hidden="sample",
     pixels_per_token=8,
     timestep=lambda arguments: torch.as_tensor(arguments["timestep"]),
