@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -254,8 +254,8 @@ class Act:
     @property
     def stored(self) -> tuple[Recalled, ...]:
         """What is read of banks."""
-        edits = (edit for _, edits in self.contents for edit in edits)
-        return tuple(one for one in (*self.sources, *edits) if isinstance(one, Recalled))
+        held: list[Any] = [*self.sources, *(edit for _, edits in self.contents for edit in edits)]
+        return tuple(one for one in held if isinstance(one, Recalled))
 
     def at(self, layer: str, moment: Moment) -> Act:
         """The same for a layer of a forward, with what it reads of banks.
