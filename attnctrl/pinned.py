@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attach import parts_of
 from .errors import ControlError, LayoutError, ScheduleError, UnsupportedModelError
 from .families import Family, family_of
-from .inversion import diffusion_shares, flow_shares, noised
+from .inversion import Map, diffusion_shares, flow_shares, noised
 from .place import Place, rows_of
 
 __all__ = ["Path", "Pins", "pinned", "still"]
@@ -109,17 +109,18 @@ def pinned(pipe: Any, rows: Mapping[int, Path]) -> Iterator[Pins]:
         warnings.warn("Rows were pinned, but the pipeline's model did not run meanwhile.", stacklevel=3)
 
 
-def still(clean: Tensor, noise: Tensor, *, flow: bool) -> Path:
+def still(clean: Tensor, noise: Tensor, *, flow: bool, cleaner: Map = lambda sigma: sigma) -> Path:
     """The path of a picture and one fixed noise, mixed anew at every level.
 
     Args:
         clean, noise: latents of one row, of one shape.
         flow: of flow models, (1 - sigma) clean + sigma noise; else of diffusion models, both by the square roots of
             their shares 1 / (1 + sigma^2) and the rest, as scaled model inputs of all their schedulers are.
+        cleaner: level of the run -> level of the picture, see `attnctrl.inversion.noised`.
     """
     if flow:
-        return lambda sigma: noised(clean, noise, flow_shares([sigma]))[0]
-    return lambda sigma: noised(clean, noise, diffusion_shares([1 / (1 + sigma * sigma)]))[0]
+        return lambda sigma: noised(clean, noise, flow_shares([sigma], cleaner))[0]
+    return lambda sigma: noised(clean, noise, diffusion_shares([1 / (1 + sigma * sigma)], cleaner))[0]
 
 
 def _hook(model: nn.Module, pins: Pins) -> Callable[..., Any]:

@@ -119,14 +119,23 @@ def restore(path: str | Path) -> tuple[Scene, dict[str, Any]]:
             "run `attnctrl edit` again",
         )
         raise scene_error(label, [Problem("", problem, f"settings {sorted(record.get('settings', {}))}", remedy)])
-    folder = SceneFolder(Path(path).parent)
+    files = _files(record, chunks, Path(path))
     try:
-        files = {name: _file(name, entry, chunks, folder, label) for name, entry in record.get("files", {}).items()}
         scene = dict(record["scene"])
         seed = record["seed"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(label, f"{type(error).__name__}: {error}") from error
     return Scene.from_dict({**scene, "seed": seed}, SceneMemory(files), label), record
+
+
+def carried(path: str | Path) -> dict[str, bytes]:
+    """The files with which the PNG at `path` was made, by their names; found and checked as by `restore`.
+
+    Raises:
+        SceneError: As `restore`.
+    """
+    chunks = _chunks(path)
+    return _files(_record(chunks, str(path)), chunks, Path(path))
 
 
 def same_run(path: str | Path, record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any] | None:
@@ -195,6 +204,16 @@ def _record(chunks: Mapping[str, str], label: str) -> dict[str, Any]:
         remedy = "use the attnctrl that wrote it"
         raise scene_error(label, [Problem("", f"this attnctrl reads records of format {FORMAT}", found, remedy)])
     return record
+
+
+def _files(record: Mapping[str, Any], chunks: Mapping[str, str], path: Path) -> dict[str, bytes]:
+    folder, label = SceneFolder(path.parent), str(path)
+    try:
+        return {name: _file(name, entry, chunks, folder, label) for name, entry in record.get("files", {}).items()}
+    except SceneError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(label, f"{type(error).__name__}: {error}") from error
 
 
 def _file(name: str, entry: Mapping[str, Any], chunks: Mapping[str, str], folder: SceneFolder, label: str) -> bytes:

@@ -129,8 +129,25 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def decode_picture(data: bytes) -> Image.Image:
-    """The first frame of a PNG, JPEG or WebP as RGB. The size is checked before any pixel is decoded."""
-    return _open(data).convert("RGB")
+    """The first frame of a PNG, JPEG or WebP, see `as_rgb`. The size is checked before any pixel is decoded."""
+    return as_rgb(_open(data))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """What viewers show of a picture, as RGB: upright as EXIF says, over white where it is transparent, 16 bits as 8.
+
+    Raises `FileRefused`, before any pixel is decoded if it is too large.
+    """
+    import numpy as np
+    from PIL import Image
+
+    shown = _upright(image)
+    if shown.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
+        shown = Image.fromarray((np.asarray(shown).clip(0, 65535) // 256).astype(np.uint8))
+    if shown.has_transparency_data:
+        layer = shown.convert("RGBA")
+        shown = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return shown.convert("RGB")
 
 
 def decode_mask(data: bytes) -> np.ndarray:
@@ -138,7 +155,7 @@ def decode_mask(data: bytes) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
-    image = _open(data)
+    image = _upright(_open(data))
     if image.mode.startswith("I"):  # 16 bits a pixel
         return np.asarray(image) >= MASK_THRESHOLD * 256
     if image.has_transparency_data:
@@ -148,22 +165,38 @@ def decode_mask(data: bytes) -> np.ndarray:
 
 
 def _open(data: bytes) -> Image.Image:
+    """A picture of which only the head has been read."""
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise FileRefused(f"the picture has more than {MAX_PICTURE_PIXELS} pixels", "make it smaller") from error
+    except Exception as error:  # damaged files make the decoders raise errors of any class
+        raise _undecodable(error) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture with its pixels, turned as its EXIF data says."""
+    from PIL import ImageOps
+
+    try:
         if image.width * image.height > MAX_PICTURE_PIXELS:
             raise FileRefused(
                 f"the picture has {image.width} x {image.height} pixels, more than {MAX_PICTURE_PIXELS}",
                 "make it smaller",
             )
         image.load()
+        return ImageOps.exif_transpose(image)
     except FileRefused:
         raise
-    except Exception as error:  # damaged files make the decoders raise errors of any class
-        remedy = f"use a {', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]} picture"
-        raise FileRefused(f"the picture cannot be decoded ({type(error).__name__})", remedy) from error
-    return image
+    except Exception as error:
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> FileRefused:
+    remedy = f"use a {', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]} picture"
+    return FileRefused(f"the picture cannot be decoded ({type(error).__name__})", remedy)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -47,7 +47,7 @@ def keep_pictures(
         keep: what is kept.
         settings: prompts, steps and guidance, as of the runs that will read it; `seed` is that of the noise. With
             guidance above 1 both branches are kept. How pictures are inverted is not asked.
-        cleaner: sigma of the run -> sigma of the picture, for flow models: lower levels show detail earlier.
+        cleaner: level of the run -> level of the picture: lower levels show detail earlier.
         progress: called after every forward.
 
     Raises:
@@ -65,7 +65,8 @@ def keep_pictures(
         marks, sigmas = run_levels(denoiser.scheduler)
         steps = [step for step in active_steps(keep.window, sigmas) if keep.is_kept(step)]
         levels = [sigmas[step] for step in steps]
-        shares = flow_shares(levels, cleaner) if adapter.flow else diffusion_shares(1 / (1 + s * s) for s in levels)
+        kept = (1 / (1 + s * s) for s in levels)
+        shares = flow_shares(levels, cleaner) if adapter.flow else diffusion_shares(kept, cleaner)
         for done, (step, latents) in enumerate(zip(steps, noised(clean, noise, shares), strict=True), start=1):
             denoiser(latents, marks[step], step)
             if progress is not None:

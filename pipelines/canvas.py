@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnctrl.errors import ControlError, UnsupportedModelError
 from attnctrl.fitting import Box, Fit, fitted
+from attnctrl.inversion import Map
 from attnctrl.pinned import Pins, pinned, still
 from attnctrl.region import Region, coverage, extent
 
@@ -68,7 +69,13 @@ def canvas(cutouts: Sequence[Cutout], size: Size, background: Any = None) -> Ima
 
 
 @contextmanager
-def pinned_pictures(pipe: Any, pictures: Mapping[int, Any], seeds: Mapping[int, int] | None = None) -> Iterator[Pins]:
+def pinned_pictures(
+    pipe: Any,
+    pictures: Mapping[int, Any],
+    seeds: Mapping[int, int] | None = None,
+    *,
+    cleaner: Map = lambda sigma: sigma,
+) -> Iterator[Pins]:
     """`attnctrl.pinned` with pictures and fixed noise: the row of each shows its picture at every noise level.
 
     Args:
@@ -76,6 +83,7 @@ def pinned_pictures(pipe: Any, pictures: Mapping[int, Any], seeds: Mapping[int, 
         pictures: PIL picture or path of each row, of the size that is drawn.
         seeds: of each row, of its noise, 0 if left out: the very noise that the pipeline draws from a generator of this
             seed.
+        cleaner: level of the run -> level of the pictures, see `attnctrl.inversion.odds_map`.
 
     Raises:
         UnsupportedModelError: another pipeline.
@@ -91,9 +99,10 @@ def pinned_pictures(pipe: Any, pictures: Mapping[int, Any], seeds: Mapping[int, 
     read = dict(zip(pictures, read_pictures(list(pictures.values())), strict=True))
     size = size_of(pipe, list(read.values()))
     clean = encode(pipe, adapter, list(read.values()))
+    noises = [_noise(pipe, adapter, size, (seeds or {}).get(row, 0)).to(clean) for row in read]
     rows = {
-        row: still(latents, _noise(pipe, adapter, size, (seeds or {}).get(row, 0)).to(latents), flow=adapter.flow)
-        for row, latents in zip(read, clean, strict=True)
+        row: still(latents, noise, flow=adapter.flow, cleaner=cleaner)
+        for row, latents, noise in zip(read, clean, noises, strict=True)
     }
     with pinned(pipe, rows) as pins:
         yield pins

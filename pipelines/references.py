@@ -20,7 +20,7 @@ from torch import Tensor
 from attnctrl.errors import AssetError, ControlError, LayoutError, UnsupportedModelError
 from attnctrl.families.flux import rasters
 from attnctrl.region import Grid, Region, centre
-from attnctrl.scenefile import MAX_PICTURE_BYTES, FileRefused, decode_picture, read_bounded
+from attnctrl.scenefile import MAX_PICTURE_BYTES, FileRefused, as_rgb, decode_picture, read_bounded
 
 if TYPE_CHECKING:
     from attnctrl.pipelines.kontext import FluxKontextReferences
@@ -167,19 +167,18 @@ def plan_references(
 
 
 def load_reference(picture: Picture, label: str) -> Image.Image:
-    """A picture (RGB) as it was given or from its file; `label` names it in errors.
+    """A picture as it was given or from its file, see `as_rgb`; `label` names it in errors.
 
     Raises:
         AssetError: it is neither, or the file is missing, too large or damaged.
     """
-    if hasattr(picture, "convert"):
-        return picture.convert("RGB")
-    if not isinstance(picture, (str, Path)):
-        raise AssetError(f"{label}: a reference is a PIL picture or a path; found {type(picture).__name__}.")
+    given = hasattr(picture, "convert")
+    if not given and not isinstance(picture, (str, Path)):
+        raise AssetError(f"{label}: give a PIL picture or a path; found {type(picture).__name__}.")
     try:
-        return decode_picture(read_bounded(Path(picture), MAX_PICTURE_BYTES))
+        return as_rgb(picture) if given else decode_picture(read_bounded(Path(picture), MAX_PICTURE_BYTES))
     except FileRefused as error:
-        raise AssetError(f"{label} ({picture}): {error}; {error.remedy}.") from error
+        raise AssetError(f"{label}{'' if given else f' ({picture})'}: {error}; {error.remedy}.") from error
 
 
 def reference_size(

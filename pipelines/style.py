@@ -3,19 +3,23 @@
 pipe = StylePipeline.from_pretrained("toy-sd")
 for number, picture in enumerate(pipe(["a red circle", "a blue star", "a green heart"], "white background")):
     picture.save(f"{number}.png")
+pipe(["a red circle"], picture="poster.jpg", picture_prompt="a poster of a harbour")
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from attnctrl.pipelines.anchor import Anchor
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
 from attnctrl.pipelines.settings import entries_of, per_text, seeds_of
 
 from attnctrl.errors import ControlError
-from attnctrl.scene import Scene
+from attnctrl.scene import MAX_SEED, Scene
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +36,9 @@ class StylePipeline(Wrapper):
 
     The first picture is the anchor, drawn as without controls, and the others depend on it alone. More pictures than
     fit at once are drawn in batches, each of which draws the anchor again as its first row.
+
+    With `picture` a real picture is the anchor: its row is held on that picture at every noise level, under noise that
+    stays the same, and what the model draws there is dropped.
     """
 
     def __call__(
@@ -40,6 +47,10 @@ class StylePipeline(Wrapper):
         style: str = "",
         negative_prompt: str | Sequence[str] = "",
         *,
+        picture: Any = None,
+        picture_prompt: str = "",
+        picture_seed: int | None = None,
+        cleaner: float = 0.0,
         preset: str | None = None,
         controls: Sequence[Control] | None = None,
         batch: int | None = None,
@@ -53,12 +64,18 @@ class StylePipeline(Wrapper):
         progress: Progress | None = None,
         **options: Any,
     ) -> list[ScenePicture]:
-        """One picture for each prompt, the anchor first.
+        """One picture for each prompt; the first is the anchor, if no picture is.
 
         Args:
-            prompts: what each picture shows; two or more.
+            prompts: what each picture shows; two or more, with a picture one or more.
             style: words that all have in common, added behind each prompt; with "{}" it is put around the prompt.
-            negative_prompt: what guidance moves away from; one for all, or one for each.
+            negative_prompt: what guidance moves away from; one for all, or one for each (then none for `picture`).
+            picture: whose style is taken, PIL picture or path; of other proportions the middle of it.
+            picture_prompt: what it shows; words of the style are not added.
+            picture_seed: of the noise under which the model meets it; if left out the last seed that there is, so
+                that no picture of the set starts from that very noise.
+            cleaner: how much less noisy than the run: mu >= 0 makes the odds of its noise e^(-2 mu) times as large
+                (FreeCus, arXiv 2507.15249).
             preset: name of a stack of controls, see `attnctrl.presets`; if left out, what was measured best on the
                 model's family.
             controls: instead of a preset, controls that act on each batch, whose first picture is the anchor; [] for
@@ -71,7 +88,9 @@ class StylePipeline(Wrapper):
             options: of the preset, such as layers, window, weight or strength.
 
         Raises:
-            ControlError: fewer than two prompts, an unknown preset or option, or numbers that do not fit together.
+            ControlError: too few prompts, an unknown preset or option, or values that do not fit together.
+            AssetError, LayoutError: a picture that cannot be read, or is too small or too large.
+            UnsupportedModelError: a picture, for a pipeline that has no place for one.
             SelectionError: layers that the model does not have.
             SceneError: a prompt that the model would cut off, or settings that it does not have.
         """
@@ -79,7 +98,11 @@ class StylePipeline(Wrapper):
         from attnctrl.presets import preset as stack_of
         from attnctrl.presets import style as measured
 
-        told = _told(prompts, style)
+        told = _told(prompts, style, picture is None)
+        if picture is None and (picture_prompt or picture_seed is not None or cleaner):
+            raise ControlError("picture_prompt, picture_seed and cleaner are of a picture; give picture=... with them.")
+        if picture is not None and not picture_prompt.strip():
+            raise ControlError("The model reads what the picture shows; give picture_prompt, such as 'a poster'.")
         if batch is not None and batch < 2:
             raise ControlError(f"batch must be 2 or more, as the anchor is in every one; found {batch}.")
         if controls is not None and (preset is not None or options):
@@ -103,24 +126,42 @@ class StylePipeline(Wrapper):
             for i, (text, negative) in enumerate(zip(told, negatives, strict=True))
         ]
         self.check_texts(scenes, "prompt")
-        return self._set(scenes, seeds_of(seeds, generator, len(scenes), 1), acting, batch, progress)
+        drawn = seeds_of(seeds, generator, len(scenes), 1)
+        if picture is None:
+            return self._set(scenes, drawn, acting, batch, progress)
+        avoided = negative_prompt if isinstance(negative_prompt, str) else ""
+        shown = Scene.from_dict({**common, "prompt": picture_prompt, "negative_prompt": avoided}, None, "picture")
+        self.check_texts([shown], "picture")
+        settings = self.settings(shown)
+        anchor = Anchor.read(picture, (settings.width, settings.height), self.pipe, cleaner)
+        own = seeds_of([MAX_SEED if picture_seed is None else picture_seed], None, 1, 1)
+        return self._set([shown, *scenes], [*own, *drawn], acting, batch, progress, anchor)
 
-    def again(self, record: Mapping[str, Any], progress: Progress | None = None) -> ScenePicture:
+    def again(
+        self,
+        record: Mapping[str, Any],
+        progress: Progress | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> ScenePicture:
         """The picture of a record (`attnctrl.provenance.read`), drawn again beside its anchor.
 
+        Args:
+            files: that belong to the record (`attnctrl.provenance.carried`); the anchor, if it is a picture.
+
         Raises:
-            ControlError: the record is not one of a set.
+            ControlError: the record is not one of a set, or its anchor is missing.
         """
         from attnctrl.controls import Control
 
         told = record.get("set")
-        if not isinstance(told, Mapping) or set(told) != set(_RECORDED):
+        if not isinstance(told, Mapping) or not set(_RECORDED) <= set(told) <= {*_RECORDED, "picture"}:
             raise ControlError("The record is not that of a picture of a set; draw it with ScenePipeline.")
         pairs = zip(told["prompts"], told["negative_prompts"], strict=True)
         own = record["scene"]
         scenes = [Scene.from_dict({**own, "prompt": text, "negative_prompt": negative}) for text, negative in pairs]
         acting = [Control.from_dict(entry) for entry in own.get("controls", ())]
-        return self._set(scenes, [[seed] for seed in told["seeds"]], acting, None, progress)[-1]
+        anchor = Anchor.recorded(told["picture"], files) if "picture" in told else None
+        return self._set(scenes, [[seed] for seed in told["seeds"]], acting, None, progress, anchor)[-1]
 
     def _set(
         self,
@@ -129,37 +170,51 @@ class StylePipeline(Wrapper):
         acting: Sequence[Control],
         batch: int | None,
         progress: Progress | None,
+        anchor: Anchor | None = None,
     ) -> list[ScenePicture]:
+        """The pictures of scenes that read the first; with an anchor that one is its row, and is left out."""
         numbers = range(1, len(scenes))
         each = len(scenes) if batch is None else batch - 1
         batches = [[0, *numbers[start : start + each]] for start in range(0, len(numbers), each)] or [[0]]
         pictures: list[ScenePicture] = []
-        for done, chosen in enumerate(batches):
-            # a picture alone has nobody to read
-            controls = acting if len(chosen) > 1 else ()
-            drawn = self.draw(
-                [scenes[i] for i in chosen],
-                [seeds[i] for i in chosen],
-                controls,
-                bool(controls),
-                _counted(progress, done, len(batches)),
-            )
-            pictures += [
-                replace(one, record={**one.record, "set": _recorded([scenes[i] for i in own], [seeds[i] for i in own])})
-                for one, own in zip(drawn, ([0] if i == 0 else [0, i] for i in chosen), strict=True)
-            ][bool(pictures) :]
+        given = {} if anchor is None else {"picture": anchor.record()}
+        files = {} if anchor is None else anchor.files()
+        with nullcontext() if anchor is None else anchor.held(self.pipe, seeds[0][0]):
+            for done, chosen in enumerate(batches):
+                # a picture alone has nobody to read
+                controls = acting if len(chosen) > 1 else ()
+                drawn = self.draw(
+                    [scenes[i] for i in chosen],
+                    [seeds[i] for i in chosen],
+                    controls,
+                    bool(controls),
+                    _counted(progress, done, len(batches)),
+                )
+                made = (
+                    {**_recorded([scenes[i] for i in own], [seeds[i] for i in own]), **given}
+                    for own in ([0] if i == 0 else [0, i] for i in chosen)
+                )
+                pictures += [
+                    replace(one, record={**one.record, "set": told}, files={**one.files, **files})
+                    for one, told in zip(drawn, made, strict=True)
+                ][bool(pictures or given) :]
         return pictures
 
 
-def _told(prompts: Sequence[str], style: str) -> list[str]:
-    """The prompts with the words of the style.
+def _told(prompts: Sequence[str], style: str, alone: bool) -> list[str]:
+    """The prompts with the words of the style; `alone`: their first picture gives it.
 
     Raises:
-        ControlError: there are fewer than two, or one is empty.
+        ControlError: there are too few, or one is empty.
     """
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    if len(listed) < 2:
-        raise ControlError(f"A set has two prompts or more, the first of which gives the style; found {len(listed)}.")
+    if alone and len(listed) < 2:
+        raise ControlError(
+            f"A set has two prompts or more, the first of which gives the style (or one and more, and a picture=... "
+            f"that does); found {len(listed)}."
+        )
+    if not listed:
+        raise ControlError("There are no prompts; give one for each picture that is to have the style of `picture`.")
     if empty := [i for i, text in enumerate(listed) if not text.strip()]:
         raise ControlError(f"Prompt {empty[0]} is empty; say what that picture shows.")
     if "{}" in style:

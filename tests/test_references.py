@@ -282,7 +282,7 @@ def test_pictures_come_from_files_too(pipe, tmp_path):
         with_references(pipe, [tmp_path / "torn.png"])
     with pytest.raises(AssetError, match=r"reference 0 .*'none.png' is missing"):
         with_references(pipe, [str(tmp_path / "none.png")])
-    with pytest.raises(AssetError, match="reference 0: a reference is a PIL picture or a path; found int"):
+    with pytest.raises(AssetError, match="reference 0: give a PIL picture or a path; found int"):
         with_references(pipe, [3])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 
@@ -11,7 +12,7 @@ from PIL import Image
 from scene_tools import BASE, LEFT, RIGHT, refusal, refused_file, save_mask, write
 
 from attnctrl.scene import load_scene
-from attnctrl.scenefile import MAX_SCENE_BYTES
+from attnctrl.scenefile import MAX_SCENE_BYTES, as_rgb, decode_picture
 
 # masks and references
 
@@ -25,6 +26,30 @@ def test_masks_are_white_inside(tmp_path):
     for name in ("m.png", "m16.png", "clear.png"):
         scene = load_scene(write(tmp_path, {**BASE, "subjects": [{"prompt": "x", "mask": name}]}))
         assert scene.regions()[0].mask.tolist() == [[0, 0, 1, 1]] * 2, name
+
+
+def test_pictures_are_what_viewers_show():
+    """Upright, over white, 16 bits as 8, the first frame; a picture in memory like its file."""
+    turned = np.zeros((2, 3, 3), np.uint8)
+    turned[0, 0] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown a quarter further clockwise
+    upright = np.rot90(turned, -1)
+    clear = np.full((1, 3, 4), 200, np.uint8)
+    clear[0, :, 3] = (0, 255, 51)
+    deep = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+    frames = [Image.new("RGB", (2, 1), color) for color in ("red", "blue")]
+    cases = [
+        (Image.fromarray(turned), {"exif": exif}, upright),
+        (Image.fromarray(clear), {}, [[[255] * 3, [200] * 3, [244] * 3]]),
+        (Image.fromarray(deep), {}, [[[value] * 3 for value in (0, 0, 1, 156, 255)]]),
+        (frames[0], {"save_all": True, "append_images": frames[1:]}, [[[255, 0, 0]] * 2]),
+    ]
+    for image, how, expected in cases:
+        file = io.BytesIO()
+        image.save(file, "PNG", **how)
+        assert np.array_equal(np.asarray(decode_picture(file.getvalue())), expected)
+        assert np.array_equal(np.asarray(as_rgb(Image.open(file))), expected)
 
 
 def test_the_reference_is_read_and_bound_to_its_subject(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_layout_docs import blocks
 
@@ -15,13 +16,17 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_page_of_styles_runs() -> None:
     names: dict = {}
-    first, second = blocks("style.md")
+    first, second, third = blocks("style.md")
     exec(first, names)
     assert [one.seed for one in names["pictures"]] == [1, 2, 3]
     assert "share_style" in names["pictures"][1].report
     exec(second, names)
     (told,) = names["handle"].report().controls
     assert told.acted == "single:0-3"
+    exec(third, names)
+    assert len(names["styled"]) == 2
+    again, styled = (np.asarray(one.image).astype(int) for one in (names["again"], names["styled"][0]))
+    assert np.abs(again - styled).max() <= 1
 
 
 def test_the_example_draws_ten_icons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

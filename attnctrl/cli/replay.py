@@ -94,7 +94,7 @@ def replay(
     import numpy as np
     from PIL import Image
 
-    from attnctrl.provenance import differences, restore
+    from attnctrl.provenance import carried, differences, restore
 
     if output is not None and output.resolve() == image.resolve():
         raise typer.BadParameter(f"{output} is the picture itself; choose another file.", param_hint="--output")
@@ -109,7 +109,9 @@ def replay(
         if kind is ScenePipeline:
             again = pipe(scene, controlled=bool(record.get("controlled", True)), progress=advance)[0]
         else:
-            again = pipe.again(record, advance)
+            # a set in the style of a picture carries it
+            files = {"files": carried(image)} if kind is StylePipeline else {}
+            again = pipe.again(record, advance, **files)
     with Image.open(image) as opened:
         before, after = np.asarray(opened.convert("RGB"), int), np.asarray(again.image.convert("RGB"), int)
     same = before.shape == after.shape and bool((before == after).all())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from math import sqrt
+from math import hypot, sqrt
 
 import torch
 from torch import Tensor
@@ -33,9 +33,13 @@ def flow_shares(sigmas: Iterable[float], g: Map = lambda sigma: sigma) -> list[t
     return [(1 - level, level) for level in map(g, sigmas)]
 
 
-def diffusion_shares(kept: Iterable[float]) -> list[tuple[float, float]]:
-    """(picture, noise) shares of diffusion models: (sqrt(kept), sqrt(1 - kept)) at each of their alphas_cumprod."""
-    return [(sqrt(level), sqrt(1 - level)) for level in kept]
+def diffusion_shares(kept: Iterable[float], g: Map = lambda sigma: sigma) -> list[tuple[float, float]]:
+    """(picture, noise) shares of diffusion models: (sqrt(kept), sqrt(1 - kept)) at each of their alphas_cumprod.
+
+    g maps the flow level of the same odds of noise to picture, sqrt((1 - kept) / kept) = sigma / (1 - sigma).
+    """
+    levels = [g(sqrt(1 - level) / (sqrt(level) + sqrt(1 - level))) for level in kept]
+    return [((1 - level) / hypot(1 - level, level), level / hypot(1 - level, level)) for level in levels]
 
 
 def noised(clean: Tensor, noise: Tensor, shares: Iterable[tuple[float, float]]) -> Tensor:
