@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
+# messages are compared whole, however long the paths in them are
+os.environ["COLUMNS"] = "400"
 # tiny tensors only wait for further threads
 torch.set_num_threads(1)
 # a busy machine is no failure

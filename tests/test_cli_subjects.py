@@ -42,7 +42,7 @@ def test_a_story_file_becomes_pictures_and_a_sheet(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two-0.png", "two-1.png", "two-sheet.png"]
     scene, record = provenance.restore(tmp_path / "two-1.png")
     assert (scene.prompt, scene.seed) == ("a red circle right, a blue square left", 9)
-    assert record["story"]["options"] == {"weight": 3}
+    assert record["story"]["options"] == {"reposition": "rope", "weight": 3}
     with Image.open(tmp_path / "two-sheet.png") as sheet:
         assert sheet.width > 2 * 256
 

@@ -259,7 +259,7 @@ def test_5_a_pixel_that_attends_to_one_word_lights_up() -> None:
     layer = LayerProbe(
         rows=slice(0, 1), batch=1, tokens=(29, 29), image=((5, 29),), grid=(4, 6), groups=groups[None], hidden=None, act=None, put=seen.append
     )  # fmt: skip
-    layer.look(query, key, None, sdpa, None)
+    layer.look(query, key, key, None, sdpa, None)
     expected = torch.full((4, 6), 1 / 29)
     expected[2, 5] = 1
     assert torch.allclose(seen[0][0, 0], expected, atol=1e-6)
