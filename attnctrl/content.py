@@ -8,7 +8,7 @@ queries and keys that have been rotated; `Places` turns those of image tokens ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import UnsupportedModelError
 from .layout import Frames
 from .region import Grid
-from .rotary import Rotary
+from .rotary import Rotary, Trig
 
 __all__ = ["Content", "Places", "RowContents", "Standing", "States", "adain", "changed", "moments", "places_of"]
 
@@ -77,14 +77,19 @@ class Places:
 
     rotary: Rotary
     positions: Tensor
+    _trig: Trig = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_trig", self.rotary.trig(self.positions))
 
     def undone(self, states: Tensor) -> Tensor:
         """Rotated states [..., tokens, head_dim] as they were before, float32."""
-        return self.rotary.turn(states.float(), -self.positions)
+        cos, sin = self._trig
+        return self.rotary.turned(states.float(), (cos, -sin))
 
     def done(self, states: Tensor) -> Tensor:
         """States [..., tokens, head_dim] rotated as the model does."""
-        return self.rotary.turn(states, self.positions)
+        return self.rotary.turned(states, self._trig)
 
 
 class Standing:

@@ -255,7 +255,11 @@ class Engine:
         moment: Moment,
         present: Presence,
     ) -> dict[str, Any]:
-        self._check_banks(acting, moment)
+        if self.stack.check_banks(acting, moment, lambda: self._identity) and is_compiled(self.model):
+            raise UnsupportedModelError(
+                "A bank cannot be read inside compiled code: its keys change at every step. Read it before the "
+                "model or its blocks are compiled, or on a copy that is not."
+            )
         counts = Counter(row.branch for row, _ in acting)
         rows = [self.stack.line(row, seats, counts[row.branch], moment) for row, seats in acting]
         if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
@@ -296,17 +300,6 @@ class Engine:
         took_part = [(row, (*on, *eyes)) for (row, on), eyes in zip(acting, watching, strict=True)]
         self._pending = (acts, moment, left_out, took_part)
         return arguments
-
-    def _check_banks(self, acting: Sequence[tuple[Row, tuple[int, ...]]], moment: Moment) -> None:
-        """Whether rows can read the banks that they are to read."""
-        for row, seats in dict.fromkeys((row.branch, seats) for row, seats in acting):
-            for control in self.stack.recalling(seats):
-                control.check_bank(self._identity, moment, row)
-                if is_compiled(self.model):
-                    raise UnsupportedModelError(
-                        "A bank cannot be read inside compiled code: its keys change at every step. Read it before the "
-                        "model or its blocks are compiled, or on a copy that is not."
-                    )
 
     @functools.cached_property
     def _identity(self) -> Mapping[str, str]:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["Rotary"]
+__all__ = ["Rotary", "Trig"]
+
+Trig = tuple[Tensor, Tensor]
+"""Cosines and sines float32 [..., head_dim / 2] of a turn."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,21 @@ class Rotary:
         return torch.cat(parts, dim=-1)
 
     def turn(self, states: Tensor, shift: Tensor) -> Tensor:
-        """Queries or keys as if they stood `shift` further on.
+        """Queries or keys as if they stood `shift` further on: `turned` by the `trig` of a shift.
 
         Args:
             states: [..., T, head_dim], rotated by the model or not.
             shift: [axes] for all tokens alike, or [T, axes].
+        """
+        return self.turned(states, self.trig(shift.to(states.device)))
+
+    def trig(self, shift: Tensor) -> Trig:
+        """What `turned` needs of a shift [axes] or [T, axes]; the same for all layers and steps."""
+        angles = self.angles(shift)
+        return angles.cos().float(), angles.sin().float()
+
+    def turned(self, states: Tensor, trig: Trig) -> Tensor:
+        """States [..., T, head_dim] turned.
 
         Returns:
             A new tensor of the same shape and dtype; computed in float32.
@@ -73,8 +86,7 @@ class Rotary:
                 f"Rotary positions of {sum(self.channels)} channels ({', '.join(map(str, self.channels))}) cannot turn "
                 f"heads of {states.shape[-1]}."
             )
-        angles = self.angles(shift.to(states.device))
-        cos, sin = angles.cos().float(), angles.sin().float()
+        cos, sin = trig
         even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         return turned.flatten(-2).to(states.dtype)

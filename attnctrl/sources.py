@@ -7,7 +7,7 @@ their own picture; a move turns them on, as if they stood elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .bank import Bank, Entry
 from .execute import Pass
 from .execute.tokens import TokenSet, token_set
 from .layout import TokenRange
-from .rotary import Rotary
+from .rotary import Rotary, Trig
 from .schedule import Moment
 from .visibility import Visibility
 
@@ -35,12 +35,15 @@ class Move:
 
     turn: tuple[Rotary, Tensor] | None = None
     scale: float = 1.0
+    _trig: Trig | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_trig", None if self.turn is None else self.turn[0].trig(self.turn[1]))
 
     def __call__(self, keys: Tensor) -> Tensor:
         """Keys [B, H, T, D] moved."""
-        if self.turn is not None:
-            rotary, shift = self.turn
-            keys = rotary.turn(keys, shift)
+        if self.turn is not None and self._trig is not None:
+            keys = self.turn[0].turned(keys, self._trig)
         return keys if self.scale == 1 else keys * self.scale
 
     def of(self, tokens: TokenSet, image: TokenRange) -> Move:

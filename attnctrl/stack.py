@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -113,6 +113,23 @@ class Stack(Situations):
         """Those of these seats' controls that read banks."""
         found = (self.seats[index].control for index in active)
         return tuple(control for control in found if control.recalls is not None)
+
+    def check_banks(
+        self, acting: Sequence[tuple[Row, tuple[int, ...]]], moment: Moment, identity: Callable[[], Mapping[str, str]]
+    ) -> bool:
+        """Whether rows in which these seats act read banks; raises, as controls do, where they cannot be read.
+
+        Args:
+            identity: () -> which model this is, see `attnctrl.bank.identity`.
+        """
+        read = [
+            (control, branch)
+            for branch, seats in dict.fromkeys((row.branch, seats) for row, seats in acting)
+            for control in self.recalling(seats)
+        ]
+        for control, branch in read:
+            control.check_bank(identity(), moment, branch)
+        return bool(read)
 
     def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer."""

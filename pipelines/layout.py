@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnctrl.pipelines.base import NATIVE, PIPELINES, Progress, ScenePicture, Wrapper, stock_name
-from attnctrl.pipelines.settings import entries_of, per_text, seeds_of
+from attnctrl.pipelines.settings import entries_of, keys_of, per_text, seeds_of
 
 from attnctrl.errors import AssetError, ControlError, LayoutError, SceneError, UnsupportedModelError
 from attnctrl.scene import Scene
@@ -118,12 +118,7 @@ class LayoutPipeline(Wrapper):
         grounds = per_text(background, len(prompts), "background")
         negatives = per_text(negative_prompt, len(prompts), "negative_prompt")
         common = {
-            "version": 1,
-            "width": width,
-            "height": height,
-            "steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "true_cfg_scale": true_cfg_scale,
+            **keys_of(width, height, num_inference_steps, guidance_scale, true_cfg_scale),
             "text_encoding": text_encoding,
             "reference_positions": reference_positions,
             "reference_pixels": reference_pixels,

@@ -111,6 +111,24 @@ def entries_of(acting: Sequence[Control]) -> list[dict[str, Any]]:
     return [{key: value for key, value in one.to_dict().items() if key != "regions"} for one in acting]
 
 
+def keys_of(
+    width: int | None,
+    height: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    true_cfg_scale: float | None,
+) -> dict[str, Any]:
+    """Arguments of a wrapper's call, named as in Diffusers, as the keys of a scene."""
+    return {
+        "version": 1,
+        "width": width,
+        "height": height,
+        "steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+    }
+
+
 def seeds_of(seeds: Any, generator: Any, prompts: int, images: int) -> list[list[int]]:
     """Of each picture, prompt by prompt.
 

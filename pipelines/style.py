@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnctrl.pipelines.anchor import Anchor
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
-from attnctrl.pipelines.settings import entries_of, per_text, seeds_of
+from attnctrl.pipelines.settings import entries_of, keys_of, per_text, seeds_of
 
 from attnctrl.errors import ControlError
 from attnctrl.scene import MAX_SEED, Scene
@@ -113,12 +113,7 @@ class StylePipeline(Wrapper):
             acting = stack_of(preset, **options) if preset else measured(self.pipe, **options)
         negatives = per_text(negative_prompt, len(told), "negative_prompt")
         common = {
-            "version": 1,
-            "width": width,
-            "height": height,
-            "steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "true_cfg_scale": true_cfg_scale,
+            **keys_of(width, height, num_inference_steps, guidance_scale, true_cfg_scale),
             "controls": entries_of(acting),
         }
         scenes = [

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
 from attnctrl.pipelines.cast import Character, Shot, resolve, told_by
+from attnctrl.pipelines.settings import keys_of
 
 from attnctrl.controls.reposition import UnmovedWarning
 from attnctrl.errors import ControlError
@@ -152,13 +153,8 @@ class MultiSubjectPipeline(Wrapper):
             SceneError: shots and cast do not fit together, or the model cannot draw a shot.
         """
         keys = {
-            "version": 1,
+            **keys_of(width, height, num_inference_steps, guidance_scale, true_cfg_scale),
             "negative_prompt": negative_prompt,
-            "width": width,
-            "height": height,
-            "steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "true_cfg_scale": true_cfg_scale,
         }
         return self._rehearsed(resolve(cast, shots, seed), tuple(cast), keys, segment, layers, window, progress)
 

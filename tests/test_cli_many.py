@@ -91,6 +91,29 @@ def test_a_scene_that_fails_does_not_stop_the_others(call, folder, tmp_path, mon
         call(*arguments, "--debug")
 
 
+def test_a_process_that_fails_waits_for_the_others(call, folder, tmp_path, monkeypatch):
+    """Else the launcher would end them in the middle of their pictures; one picture of two is its part."""
+    from attnctrl.cli import generate
+    from attnctrl.cli.processes import Processes
+
+    gathered = []
+
+    class Second(Processes):
+        def gathered(self, found):
+            gathered.append(found)
+            return found
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(generate, "processes", lambda device: Second(1, 2))
+    monkeypatch.setattr(ScenePipeline, "__call__", fail)
+    code, out, err = call("generate", folder / "pair.yaml", "-n", 2, "-o", tmp_path, "--steps", 1, "--format", "json")
+    assert (code, out) == (1, "")
+    assert gathered == [[], ["MemoryError"]]
+    assert "seed 6: MemoryError" in err
+
+
 def test_two_processes_make_the_pictures_of_one(call, folder, tmp_path):
     command = ["generate", str(folder / "pair.yaml"), "-n", "3", "--steps", "1", "--device", "cpu", "--format", "json"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "attnctrl"]

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from attnctrl.toybox import world
-from attnctrl.toybox.degrade import degrade
+from attnctrl.toybox import model_path, world
+from attnctrl.toybox.degrade import ALL, degrade
 from attnctrl.toybox.scorer import read_picture
 from attnctrl.toybox.scorer_style import Evidence, Style, read_style
+from attnctrl.toybox.suites_scorer import visible_style
 
 HEART = world.WorldSubject("heart", "orange", "checked", 0.3, 0.3, 0.2)
 SCENE = world.WorldScene((HEART, world.WorldSubject("cross", "blue", "solid", 0.7, 0.7, 0.2)), "gray")
@@ -93,3 +94,27 @@ def test_a_rim_of_another_colour_is_none_of_the_worlds():
     reading = read_picture(image)
     assert [(f.shape, f.color) for f in reading.subjects] == [("circle", "blue")]
     assert reading.style == Style(None)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(model_path("toy-flux"), subfolder="vae").eval()
+
+
+@pytest.mark.parametrize(
+    ("outline", "ground"), [("white", "white"), ("black", "black"), ("brown", "black"), ("black", "beige")]
+)
+def test_outlines_are_read_when_everything_spoils_them(vae, outline, ground):
+    """Those that are near to the ground as well: white on white is 8 levels high."""
+    rng, right, plain = np.random.default_rng(5), [], []
+    for index in range(16):
+        scene = world.sample_scene(rng, 1 + index % 3)
+        for name, told in (("outlined", right), ("flat", plain)):
+            drawn = replace(scene, background=ground, style=replace(scene.style, name=name, outline=outline))
+            image = world.render(drawn).image[None]
+            image = degrade(image, ALL, rng, vae)
+            told.append(read_picture(image[0]).style == visible_style(drawn.style))
+    assert np.mean(right) >= (0.6 if (outline, ground) == ("white", "white") else 0.85)
+    assert np.mean(plain) >= 0.9

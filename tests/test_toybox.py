@@ -225,6 +225,7 @@ def test_rate_falls_to_zero_in_the_last_quarter() -> None:
     assert train.rate_factor(50_000, 0.5) == 1
     assert train.rate_factor(87_500, 0.875) == pytest.approx(0.5)
     assert train.rate_factor(100_000, 1.0) == 0
+    assert train.rate_factor(50_000, 0.6, decay=0.8) == pytest.approx(0.5)
 
 
 def test_orthogonalised_updates_have_singular_values_near_one() -> None:

@@ -72,7 +72,8 @@ def generate(
     """Make pictures from scenes. Each PNG carries all that is needed to make it again.
 
     A run that was interrupted goes on where it stopped: pictures that would come out the same are kept. A scene that
-    fails does not stop the others. `accelerate launch -m attnctrl generate ...` splits the pictures over its processes.
+    fails does not stop the others. `torchrun --nproc-per-node 2 -m attnctrl generate ...` splits the pictures over two
+    processes, and so does `accelerate launch -m attnctrl generate ...` over those that it starts, one for each GPU.
 
     Examples:
 
@@ -86,25 +87,24 @@ def generate(
     mine = part.share([(job, one, target) for job in jobs for one, target in job.targets.items()])
     made: list[dict[str, Any]] = []
     failures: list[Exception] = []
-    pipes = _Pipes(device or part.device)
+    painter = _Painter(device or part.device, dtype, not no_control, again)
     with progress_bar("drawing", form) as advance:
         total = sum(_steps(job) for job, _, _ in mine)
         done = 0
         for job, seed_now, target in mine:
             try:
-                further = partial(_further, advance, done, total)
-                entry = _draw(job, seed_now, target, pipes, dtype, no_control, again, further)
+                entry = painter.draw(job, seed_now, target, partial(_further, advance, done, total))
             except Exception as error:
-                if len(mine) == 1:
+                if len(mine) == part.count == 1:
                     raise
                 failures.append(error)
-                note(f"failed: {job.source}, seed {seed_now}: {error}")
+                note(f"failed: {job.source}, seed {seed_now}: {_said(error)}")
             else:
                 made.append(entry)
                 _tell(entry, form)
             done += _steps(job)
     images = sorted(part.gathered(made), key=lambda one: one["path"])
-    failed = part.gathered([str(error) for error in failures])
+    failed = part.gathered([_said(error) for error in failures])
     if form is Format.json and part.index == 0:
         emit(form, {"command": "generate", "images": images, "failed": failed})
     if failures:
@@ -112,48 +112,53 @@ def generate(
         raise failures[0]
 
 
-class _Pipes:
-    """The pipeline loaded last; scenes of one model and number format share it."""
+@dataclass
+class _Painter:
+    """Draws pictures of jobs, all in one way; keeps the pipeline loaded last for those of its model and number format.
 
-    def __init__(self, device: str | None) -> None:
-        self.device = device
-        self.loaded: tuple[Model, str | None] | None = None
-        self.pipe: Any = None
+    Attributes:
+        device, dtype: None for what suits the model.
+        controlled: False leaves the controls of all scenes out.
+        again: draw what is there from the very same run.
+    """
 
-    def of(self, model: Model, dtype: str | None) -> Any:
-        if self.loaded != (model, dtype):
-            self.pipe, self.loaded = load(model, self.device, dtype), (model, dtype)
+    device: str | None
+    dtype: Dtype | None
+    controlled: bool
+    again: bool
+    loaded: tuple[Model, str | None] | None = None
+    pipe: Any = None
+
+    def draw(self, job: _Job, seed: int, target: Path, advance: Advance) -> dict[str, Any]:
+        """Draw one picture and write it, unless it is there; what there is to tell of it."""
+        from attnctrl.provenance import same_run
+
+        pipe, started = self._pipe_of(job), time.perf_counter()
+        controlled = self.controlled and bool(job.record.get("controlled", True))
+        expected = pipe.record(job.scene, seed, controlled)
+        kept = None if self.again else same_run(target, expected, job.scene.files())
+        if kept is None:
+            picture = pipe(job.scene, [seed], controlled=controlled, progress=advance)[0]
+            picture.save(target)
+        record = picture.record if kept is None else kept
+        _compare(job, record)
+        return {
+            "path": str(target), "scene": str(job.source), "seed": seed,
+            "size": [record["settings"]["width"], record["settings"]["height"]],
+            "controlled": record["report"] is not None, "model": record["model"], "kept": kept is not None,
+            "seconds": round(time.perf_counter() - started, 3),
+        }  # fmt: skip
+
+    def _pipe_of(self, job: _Job) -> Any:
+        wanted = (job.model, self.dtype.value if self.dtype else recorded_dtype(job.record))
+        if self.loaded != wanted:
+            self.pipe, self.loaded = load(job.model, self.device, wanted[1]), wanted
         return self.pipe
 
 
-def _draw(
-    job: _Job,
-    seed: int,
-    target: Path,
-    pipes: _Pipes,
-    dtype: Dtype | None,
-    no_control: bool,
-    again: bool,
-    advance: Advance,
-) -> dict[str, Any]:
-    """Draw one picture and write it, unless it is there; what there is to tell of it."""
-    from attnctrl.provenance import same_run
-
-    pipe = pipes.of(job.model, dtype.value if dtype else recorded_dtype(job.record))
-    controlled = not no_control and bool(job.record.get("controlled", True))
-    started = time.perf_counter()
-    kept = None if again else same_run(target, pipe.record(job.scene, seed, controlled), job.scene.files())
-    if kept is None:
-        picture = pipe(job.scene, [seed], controlled=controlled, progress=advance)[0]
-        picture.save(target)
-    record = picture.record if kept is None else kept
-    _compare(job, record)
-    return {
-        "path": str(target), "scene": str(job.source), "seed": seed,
-        "size": [record["settings"]["width"], record["settings"]["height"]],
-        "controlled": record["report"] is not None, "model": record["model"], "kept": kept is not None,
-        "seconds": round(time.perf_counter() - started, 3),
-    }  # fmt: skip
+def _said(error: Exception) -> str:
+    """What an error says, or its name where it says nothing."""
+    return str(error) or type(error).__name__
 
 
 def _tell(entry: Mapping[str, Any], form: Format) -> None:

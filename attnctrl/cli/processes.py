@@ -1,4 +1,4 @@
-"""Work split over the processes of `accelerate launch` or `torchrun`, one device each; alone without them."""
+"""Work split over the processes that `torchrun` starts (or `accelerate launch` on several GPUs); alone without them."""
 
 from __future__ import annotations
 

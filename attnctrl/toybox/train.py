@@ -2,7 +2,7 @@
 
 Everything is resumable: the VAE, the encoded scenes and the flow's checkpoint lie in the work folder; running the
 command again goes on from there, or from the exported weights where there is no checkpoint. `--samples` sets the length
-of the schedule (constant rate, then a linear decay over the last quarter), so a finished run can be prolonged;
+of the schedule (constant rate, then a linear decay over its last share, `--decay`), so a finished run can be prolonged;
 `--minutes` ends the schedule earlier. At its end the model is exported.
 """
 
@@ -36,8 +36,8 @@ from .vae import train as train_vae
 MAIN_SIZE = (64, 64)
 LATE_SIZES = [(64, 64), (80, 80), (64, 96), (96, 64)]
 LATE_WEIGHTS = [0.4, 0.3, 0.15, 0.15]
-DECAY = 0.25
-"""Share of the run, at its end, in which the rate falls to zero and other canvas sizes join."""
+LATE = 0.25
+"""Share of the run, at its end, in which other canvas sizes join."""
 
 GRID_PROMPTS = (
     "a red circle",
@@ -66,9 +66,12 @@ def _bar() -> Progress:
     )  # fmt: skip
 
 
-def rate_factor(done: int, share: float, warmup: int = 3200) -> float:
-    """Learning-rate factor after `done` samples and `share` of the run: warm-up, constant, linear decay to zero."""
-    return min(1.0, (done + 1) / warmup, max(0.0, (1 - share) / DECAY))
+def rate_factor(done: int, share: float, decay: float = 0.25, warmup: int = 3200) -> float:
+    """Learning-rate factor after `done` samples and `share` of the run: warm-up, constant, linear decay to zero.
+
+    The decay takes the last share `decay` of the run.
+    """
+    return min(1.0, (done + 1) / warmup, max(0.0, (1 - share) / decay))
 
 
 def load_or_train_vae(work: Path, exported: Path, steps: int, seed: int) -> AutoencoderKL:
@@ -184,13 +187,13 @@ def run(args: argparse.Namespace) -> Path:
             share = max(done / args.samples, (time.monotonic() - began) / (60 * args.minutes))
             if share >= 1:
                 break
-            late = args.mixed_sizes and share >= 1 - DECAY
+            late = args.mixed_sizes and share >= 1 - LATE
             if late and len(shards) == 1:
                 for size in LATE_SIZES[1:]:
                     shards[size] = load_shards(work, vae, size, args.scenes // 8, args.seed)
             sizes, weights = (LATE_SIZES, LATE_WEIGHTS) if late else ([MAIN_SIZE], [1.0])
             batch = draw(shards, rng, args.batch, sizes, weights, references)
-            losses.append(flow.step(batch, generator, rate_factor(done, share)))
+            losses.append(flow.step(batch, generator, rate_factor(done, share, args.decay)))
             done += args.batch
             seconds = spent + time.monotonic() - began
             if len(losses) == 50:
@@ -223,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--minutes", type=float, default=float("inf"), help="length of the schedule in minutes, if that ends earlier"
     )
+    p.add_argument("--decay", type=float, default=0.25, help="share of the run, at its end, in which the rate falls")
     p.add_argument("--mixed-sizes", action="store_true", help="other canvas sizes join in the last quarter")
     p.add_argument("--scenes", type=int, default=27_000, help="scenes rendered and encoded once")
     p.add_argument("--batch", type=int, default=32)
