@@ -13,7 +13,21 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli import bench, check, demo, edit, env, evaluate, generate, invert, maps, replay, subjects
+from attnctrl.cli import (
+    bench,
+    check,
+    demo,
+    edit,
+    env,
+    evaluate,
+    generate,
+    invert,
+    layout,
+    maps,
+    replay,
+    style,
+    subjects,
+)
 from attnctrl.cli.output import note, show_warning
 
 FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
@@ -27,6 +41,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.generate)
+app.command("layout")(layout.layout)
+app.command("style")(style.style)
 app.command("subjects")(subjects.subjects)
 app.command("info")(replay.info)
 app.command("replay")(replay.replay)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import ModelOption, model_for, read_scene
+from attnctrl.cli.generate import read_scene
+from attnctrl.cli.loading import ModelOption, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush
 
 if TYPE_CHECKING:
