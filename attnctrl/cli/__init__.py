@@ -20,10 +20,12 @@ from attnctrl.cli import (
     edit,
     env,
     evaluate,
+    explain,
     generate,
     invert,
     layout,
     maps,
+    models,
     replay,
     style,
     subjects,
@@ -35,7 +37,6 @@ FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
 app = typer.Typer(
     name="attnctrl",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,6 +50,8 @@ app.command("replay")(replay.replay)
 app.command("invert")(invert.invert)
 app.command("edit")(edit.edit)
 app.command("check")(check.check)
+app.command("explain")(explain.explain)
+app.command("models")(models.models)
 app.command("demo")(demo.demo)
 app.command("maps")(maps.maps)
 app.command("eval")(evaluate.evaluate)

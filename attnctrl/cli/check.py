@@ -30,6 +30,8 @@ def check(
 ) -> None:
     """Validate a scene and show its tokens, regions and selected layers. Reads configurations, no weights.
 
+    What reads what is told by `attnctrl explain`.
+
     Examples:
 
       attnctrl check examples/two_shapes.yaml
@@ -94,4 +96,4 @@ def _text(
     lines += [f"  {line}" for line in unplaced]
     if regions and not explanation.controls:
         lines.append("  no controls: boxes and masks have no effect (leave 'controls' out for text regions)")
-    return "\n".join([*lines, str(explanation)])
+    return "\n".join([*lines, explanation.summary()])

@@ -117,8 +117,8 @@ def _subjects(prompt: str, texts: list[str], places: list[str], references: list
         if (values or option == "--at") and len(values) != len(named):
             whose = f"{len(named)} subjects ({', '.join(named)})" if texts else "the prompt alone, as no --subject says"
             raise typer.BadParameter(
-                f"found {len(values)} for {whose}; give one {option} for each --subject, in the same order, or {NONE} for "
-                "none.",
+                f"found {len(values)} for {whose}; give one {option} for each --subject, in the same order, or {NONE} "
+                "for none.",
                 param_hint=option,
             )
     return [

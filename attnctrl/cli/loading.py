@@ -1,4 +1,4 @@
-"""How commands find a model and load it: the options for it, and how a picture's record fills in what they leave out."""
+"""How commands find a model and load it: the options, and a picture's record for what they leave out."""
 
 from __future__ import annotations
 
@@ -47,14 +47,32 @@ class Offload(str, Enum):
     group = "group"
 
 
+def _embedded(incomplete: str) -> list[str]:
+    """For the shell: names of embedded models; it completes folders by itself."""
+    from attnctrl.toybox import model_names
+
+    return [name for name in model_names() if name.startswith(incomplete)]
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="toy-flux, a folder, or a hub id; otherwise the scene's.", rich_help_panel=_PANEL
+        "--model",
+        "-m",
+        help="toy-flux, a folder, or a hub id; otherwise the scene's.",
+        rich_help_panel=_PANEL,
+        autocompletion=_embedded,
     ),
 ]
 QuickModel = Annotated[
-    str, typer.Option("--model", "-m", help="toy-flux, a folder, or a hub id.", rich_help_panel=_PANEL)
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="toy-flux, a folder, or a hub id.",
+        rich_help_panel=_PANEL,
+        autocompletion=_embedded,
+    ),
 ]
 DeviceOption = Annotated[
     str | None,

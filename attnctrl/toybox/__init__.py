@@ -6,7 +6,12 @@ from pathlib import Path
 
 from ..errors import AssetError
 
-__all__ = ["model_path"]
+__all__ = ["model_names", "model_path"]
+
+
+def model_names() -> list[str]:
+    """Names of the embedded models."""
+    return sorted({path.parent.name for folder in _folders() for path in folder.glob("toy-*/model_index.json")})
 
 
 def model_path(name: str) -> Path:
@@ -15,11 +20,13 @@ def model_path(name: str) -> Path:
     Raises:
         AssetError: There is no embedded model of that name.
     """
-    from attnctrl import assets
-
-    folders = [Path(place) for place in assets.__path__]
-    for folder in folders:
+    for folder in _folders():
         if (folder / name / "model_index.json").is_file():
             return folder / name
-    known = sorted(p.parent.name for folder in folders for p in folder.glob("toy-*/model_index.json"))
-    raise AssetError(f"no embedded model '{name}'; there are: {', '.join(known) or 'none'}.")
+    raise AssetError(f"no embedded model '{name}'; there are: {', '.join(model_names()) or 'none'}.")
+
+
+def _folders() -> list[Path]:
+    from attnctrl import assets
+
+    return [Path(place) for place in assets.__path__]
