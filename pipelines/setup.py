@@ -182,11 +182,17 @@ def _add(pipe: Any, loras: tuple[Lora, ...]) -> None:
 
 
 def _offload(pipe: Any, how: str, device: str) -> None:
+    import torch
+
+    where = torch.device(device)
+    if where.type == "cpu":
+        raise UnsupportedModelError(
+            f"cpu_offload '{how}' keeps in CPU memory what does not run on a GPU; this run is on the CPU, where all of it "
+            "is already; leave it out."
+        )
     try:
         if how == "group":
-            import torch
-
-            pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
+            pipe.enable_group_offload(onload_device=where, offload_type="leaf_level")
         else:
             getattr(pipe, f"enable_{how}_cpu_offload")(device=device)
     except (RuntimeError, ValueError, ImportError) as error:

@@ -39,7 +39,7 @@ def test_explain_tells_what_reaches_what_and_when(call, folder):
     first, second = data["branches"]["cond"]["scenes"][0]
     reach = {(one["reader"], one["source"]): (one["layer"], one["through"]) for one in second["reach"]}
     assert reach["image of circle", "image of square"] == (1, [])
-    assert reach["image of circle", "words of square"] == (2, ["image of square"])
+    assert reach["image of circle", "text of square"] == (2, ["image of square"])
     apart = {(one["reader"], one["source"]): (one["layer"], one["through"]) for one in first["reach"]}
     assert apart["image of circle", "image of square"] != (1, [])
     assert data["branches"]["uncond"]["scenes"][0][0]["reach"] == []

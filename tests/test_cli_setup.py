@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 from shell import save_tiny
 
-from attnctrl import provenance
+from attnctrl import files, provenance
 from attnctrl.errors import AssetError, ControlError, UnsupportedModelError
 from attnctrl.scene import load_scene
 from attnctrl.toybox.models.flux import tiny_pipeline
@@ -155,23 +155,36 @@ def test_paths_and_scales_are_told_apart(ink):
 # offloading, backends, compilation
 
 
-def test_offloading_changes_no_value_and_a_cpu_replays_without(call, folder, plain, tmp_path):
-    line = ["generate", folder / "pair.yaml", "-o", tmp_path, *CPU]
-    assert call(*line, "--cpu-offload", "group")[::2] == (0, "")
-    drawn = tmp_path / "pair-5.png"
-    assert (pixels(drawn) == np.asarray(plain.image)).all()
-    assert provenance.read(drawn)["setup"] == {"cpu_offload": "group"}
+def test_offloading_is_for_gpus_and_a_cpu_replays_without(call, folder, tmp_path):
+    line, drawn = ["generate", folder / "pair.yaml", "-o", tmp_path, *CPU], tmp_path / "pair-5.png"
+    code, out, err = call(*line, "--cpu-offload", "model")
+    assert (code, out) == (1, "")
+    assert "cpu_offload 'model' keeps in CPU memory what does not run on a GPU; this run is on the CPU" in err
+    assert call(*line)[::2] == (0, "")
+    with Image.open(drawn) as image:
+        record = {**provenance.read(drawn), "setup": {"cpu_offload": "model"}}
+        files.write_png(drawn, image, provenance.to_text(record))
     code, out, err = call("replay", drawn, "-m", folder / "tiny", "--device", "cpu")
     assert (code, out) == (0, f"{drawn}: bit-equal\n")
-    assert "setup.cpu_offload: group then, None now" in err
-    code, _, err = call(*line, "--cpu-offload", "model")
-    assert code == 1
-    assert "cpu_offload 'model' cannot be used on cpu" in err
+    assert "setup.cpu_offload: model then, None now" in err
 
 
-def test_offloading_is_what_was_asked_for():
-    pipe = Setup(cpu_offload="group").applied(tiny_pipeline(), "cpu")
-    assert any(getattr(one, "_diffusers_hook", None) is not None for one in pipe.transformer.modules())
+@pytest.mark.parametrize(
+    ("how", "method", "told"),
+    [
+        ("model", "enable_model_cpu_offload", {"device": "cuda:1"}),
+        ("sequential", "enable_sequential_cpu_offload", {"device": "cuda:1"}),
+        ("group", "enable_group_offload", {"onload_device": torch.device("cuda:1"), "offload_type": "leaf_level"}),
+    ],
+)
+def test_offloading_is_that_of_diffusers_and_nothing_is_moved_before(monkeypatch, how, method, told):
+    """What it does on a GPU is not seen here."""
+    calls = []
+    monkeypatch.setattr(FluxPipeline, method, lambda self, **given: calls.append(given))
+    monkeypatch.setattr(FluxPipeline, "to", lambda *_, **__: pytest.fail("moved"))
+    pipe = tiny_pipeline()
+    assert Setup(cpu_offload=how).applied(pipe, "cuda:1") is pipe
+    assert calls == [told]
 
 
 def test_the_backend_is_the_one_named(call, folder, tmp_path, active_backend):

@@ -58,7 +58,7 @@ class Size:
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer takes it: each parameter whose type is a dataclass of options becomes these options."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     told: list[Parameter] = []
     for name, parameter in signature(command).parameters.items():
         if name in groups:
