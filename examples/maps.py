@@ -2,6 +2,7 @@
 
 import torch
 from attnctrl.pipelines import ScenePipeline
+from PIL import Image
 
 import attnctrl as ac
 from attnctrl import files, maps
@@ -12,7 +13,7 @@ prompt = "a red circle left, a blue square right, gray background"
 words = {"circle": "red circle", "square": "blue square"}
 
 
-def draw(text: str):
+def draw(text: str) -> Image.Image:
     """One picture, always from the same noise."""
     return pipe(text, num_inference_steps=steps, generator=torch.Generator().manual_seed(1)).images[0]
 

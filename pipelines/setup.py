@@ -73,8 +73,8 @@ class Lora:
             return cls(str(path), scale, found)
         state = "is not there" if found is None else f"is another file (sha256 {found[:12]}...)"
         raise AssetError(
-            f"The picture was drawn with the LoRA '{name}' (sha256 {str(digest)[:12]}..., scale {scale:g}); {path} {state}; "
-            f"put the file there, or give it as --lora PATH."
+            f"The picture was drawn with the LoRA '{name}' (sha256 {str(digest)[:12]}..., scale {scale:g}); {path} "
+            f"{state}; put the file there, or give it as --lora PATH."
         )
 
     def record(self) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def _add(pipe: Any, loras: tuple[Lora, ...]) -> None:
         # of weights that fit nowhere diffusers only logs a line
         if not any(name in found for found in pipe.get_list_adapters().values()):
             raise AssetError(
-                f"LoRA '{lora.source}' has no weights for {type(pipe).__name__}: no name in it is that of a layer; name "
-                "one that was made for this model."
+                f"LoRA '{lora.source}' has no weights for {type(pipe).__name__}: no name in it is that of a layer; "
+                "name one that was made for this model."
             )
     pipe.set_adapters(names, [lora.scale for lora in loras])
 
@@ -187,8 +187,8 @@ def _offload(pipe: Any, how: str, device: str) -> None:
     where = torch.device(device)
     if where.type == "cpu":
         raise UnsupportedModelError(
-            f"cpu_offload '{how}' keeps in CPU memory what does not run on a GPU; this run is on the CPU, where all of it "
-            "is already; leave it out."
+            f"cpu_offload '{how}' keeps in CPU memory what does not run on a GPU; this run is on the CPU, where all of "
+            "it is already; leave it out."
         )
     try:
         if how == "group":

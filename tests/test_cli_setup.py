@@ -201,11 +201,11 @@ def test_backends_that_cannot_be_are_refused(call, folder, tmp_path, monkeypatch
     code, _, err = call("generate", folder / "pair.yaml", "-o", tmp_path, "--attention-backend", "flush")
     assert code == 2
     assert "No attention backend 'flush'; take one of" in err
-    with pytest.raises(UnsupportedModelError, match="'xla' cannot be used here|'_native_npu' cannot be used here"):
+    with pytest.raises(UnsupportedModelError, match="'_native_npu' cannot be used here"):
         Setup(attention_backend="_native_npu").applied(tiny_pipeline(), "cpu")
     with pytest.raises(UnsupportedModelError, match="processors of UNet2DConditionModel call PyTorch's kernel"):
         Setup(attention_backend="native").applied(tiny_pipes.sd(), "cpu")
-    with pytest.raises(ControlError, match="cpu_offload is one of model, sequential, group; found 'disk'"):
+    with pytest.raises(ControlError, match="is one of model, sequential, group; found 'disk'"):
         Setup(cpu_offload="disk")
 
 

@@ -70,7 +70,8 @@ def _edit(out, names):
 
 
 def _maps(out, names):
-    assert names["mask"].any() and not names["mask"].all()
+    assert names["mask"].any()
+    assert not names["mask"].all()
     assert [one.name for one in names["handle"].report().controls] == ["perturb"]
 
 

@@ -51,13 +51,13 @@ def check(
 
     found = model_for(loaded, scene, model)
     outline = Outline.of(found)
-    settings, explanation = outline.settings(loaded), outline.explain(loaded)
+    settings, explanation, regions = outline.settings(loaded), outline.explain(loaded), _regions(loaded)
     data = {
         "command": "check",
         "scene": str(scene),
         "model": found.name,
         "settings": asdict(settings),
-        "regions": _regions(loaded),
+        "regions": regions,
         "explanation": explanation.to_dict(),
     }
     unplaced = [
@@ -65,7 +65,7 @@ def check(
         for subject in loaded.subjects
         if subject.box is None and subject.mask is None
     ]
-    human = partial(_text, scene, found.name, settings, data["regions"], unplaced, explanation)
+    human = partial(_text, scene, found.name, settings, regions, unplaced, explanation)
     emit(form, data, human, [str(scene)])
 
 
