@@ -106,9 +106,9 @@ replay() {
 
 torchrun() {
     cd "$here"
-    local line=(generate examples/two_shapes.yaml --num 3 --steps 4 --device cpu --format quiet)
+    local line=(generate examples/two_shapes.yaml -n 3 --steps 4 --device cpu --format quiet)
     "$VENV/bin/attnctrl" "${line[@]}" -o one/
-    OMP_NUM_THREADS=1 "$VENV/bin/torchrun" --standalone --nproc-per-node 2 -m attnctrl "${line[@]}" -o two/
+    OMP_NUM_THREADS=1 "$VENV/bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 -m attnctrl "${line[@]}" -o two/
     local picture
     for picture in one/*.png; do differ "$picture" "two/${picture#one/}"; done
 }
