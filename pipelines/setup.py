@@ -64,12 +64,14 @@ class Lora:
     @classmethod
     def recorded(cls, told: Mapping[str, Any], folder: Path) -> Lora:
         """The LoRA of a record, whose file is in `folder`. Raises `AssetError` where the very file is not there."""
-        name, scale, digest = str(told["name"]), float(told["scale"]), told.get("sha256")
-        if digest is None:
+        from attnctrl.pipelines.models import is_hub_id
+
+        name, scale, digest = told["name"], told["scale"], told.get("sha256")
+        if digest is None and is_hub_id(name):
             return cls(name, scale)
         path = folder / Path(name).name
         found = _digest(path) if path.is_file() else None
-        if found == digest:
+        if found is not None and found == digest:
             return cls(str(path), scale, found)
         state = "is not there" if found is None else f"is another file (sha256 {found[:12]}...)"
         raise AssetError(

@@ -18,7 +18,8 @@ from PIL import Image
 from shell import save_tiny
 
 from attnctrl import files, provenance
-from attnctrl.errors import AssetError, ControlError, UnsupportedModelError
+from attnctrl.cli.loading import Loading
+from attnctrl.errors import AssetError, ControlError, SceneError, UnsupportedModelError
 from attnctrl.scene import load_scene
 from attnctrl.toybox.models.flux import tiny_pipeline
 
@@ -152,6 +153,20 @@ def test_paths_and_scales_are_told_apart(ink):
     assert (Lora.of(str(ink)).scale, Lora.of(str(ink), {Lora.of(str(ink)).sha256: 0.7}).scale) == (1, 0.7)
     assert Lora.of("owner/name:1.5") == Lora("owner/name", 1.5)
     assert Lora.of("owner/name").record() == {"name": "owner/name", "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"name": "ink.safetensors"}, r"setup is damaged \(KeyError: 'scale'\); name an unchanged picture"),
+        ("ink", r"setup is damaged \(TypeError"),
+        ({"name": "../loras/ink.safetensors", "scale": 1, "sha256": "0"}, "ink.safetensors is not there; put the file"),
+        ({"name": "../loras", "scale": 1}, "loras is not there"),
+    ],
+)
+def test_records_are_no_way_to_other_files(tmp_path, told, message):
+    with pytest.raises((SceneError, AssetError), match=message):
+        Loading(device="cpu").setup({"setup": {"loras": [told]}}, tmp_path)
 
 
 # offloading, backends, compilation

@@ -135,13 +135,13 @@ class Loading:
         Raises:
             typer.BadParameter: for an option that cannot work.
             AssetError: for a recorded LoRA that is not there.
+            SceneError: for a record that is damaged.
         """
         from attnctrl.errors import AttnCtrlError
         from attnctrl.pipelines.setup import Lora, Setup
 
-        told = (record or {}).get("setup", {})
-        listed = told.get("loras", [])
-        known = {str(one.get("sha256")): float(one["scale"]) for one in listed}
+        told, listed = _recorded(record or {})
+        known = {one["sha256"]: one["scale"] for one in listed}
         try:
             loras = [Lora.of(text, known) for text in self.lora or ()]
         except AttnCtrlError as error:
@@ -160,6 +160,22 @@ class Loading:
         from attnctrl.pipelines.base import best_device
 
         return (self.device or best_device()) == "cpu"
+
+
+def _recorded(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a picture's record says of its setup, and of the LoRAs in it. Raises `SceneError`."""
+    from attnctrl.errors import SceneError
+
+    try:
+        told = dict(record.get("setup", {}))
+        listed = [
+            {"name": str(one["name"]), "scale": float(one["scale"]), "sha256": one.get("sha256")}
+            for one in told.get("loras", ())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise SceneError(f"The record's setup is damaged ({found}); name an unchanged picture.") from error
+    return told, listed
 
 
 def load(model: Model, loading: Loading, kind: Any, dtype: str | None = None, setup: Setup | None = None) -> Any:
