@@ -66,7 +66,7 @@ def generate(
     A run that was interrupted goes on where it stopped: pictures that would come out the same are kept. A scene that
     fails does not stop the others. `torchrun --nproc-per-node 2 -m attnctrl generate ...` splits the pictures over two
     processes, and so does `accelerate launch -m attnctrl generate ...` over those that it starts, one for each GPU.
-    Write -n there: launchers take --num for an option of theirs.
+    Write -n behind torchrun, which takes --num for an option of its own.
 
     Examples:
 
