@@ -204,6 +204,8 @@ def _offload(pipe: Any, how: str, device: str) -> None:
 
 
 def _choose(denoiser: Any, backend: str) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
     layers = [one for one in denoiser.modules() if hasattr(getattr(one, "processor", None), "_attention_backend")]
     if not layers:
         raise UnsupportedModelError(
@@ -211,7 +213,9 @@ def _choose(denoiser: Any, backend: str) -> None:
             "themselves and take no other; leave it out."
         )
     try:
-        denoiser.set_attention_backend(backend)
+        # diffusers makes it that of all other models too, until this block ends
+        with attention_backend():
+            denoiser.set_attention_backend(backend)
     except (RuntimeError, ValueError, ImportError) as error:
         raise UnsupportedModelError(
             f"attention_backend '{backend}' cannot be used here: {str(error)[:_SAID]}; `attnctrl env` lists what is "

@@ -57,12 +57,6 @@ def plain(folder):
     return ScenePipeline.from_pretrained(str(folder / "tiny"), device="cpu")(load_scene(folder / "pair.yaml"))[0]
 
 
-@pytest.fixture
-def active_backend(monkeypatch):
-    """Choosing a backend changes what all of diffusers uses."""
-    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
-
-
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
@@ -204,17 +198,19 @@ def test_offloading_is_that_of_diffusers_and_nothing_is_moved_before(monkeypatch
     assert calls == [told]
 
 
-def test_the_backend_is_the_one_named(call, folder, tmp_path, active_backend):
+def test_the_backend_is_the_one_named_and_of_this_model_alone(call, folder, tmp_path):
+    before = _AttentionBackendRegistry._active_backend
     pipe = Setup(attention_backend="_native_math").applied(tiny_pipeline(), "cpu")
     chosen = {one.processor._attention_backend.value for one in pipe.transformer.modules() if hasattr(one, "processor")}
     assert chosen == {"_native_math"}
+    assert _AttentionBackendRegistry._active_backend is before
     line = ["generate", folder / "pair.yaml", "-o", tmp_path, *CPU, "--attention-backend", "_native_math"]
     assert call(*line)[::2] == (0, "")
     assert provenance.read(tmp_path / "pair-5.png")["setup"] == {"attention_backend": "_native_math"}
     assert call("replay", tmp_path / "pair-5.png", "-m", folder / "tiny")[::2] == (0, "")
 
 
-def test_backends_that_cannot_be_are_refused(call, folder, tmp_path, monkeypatch, active_backend):
+def test_backends_that_cannot_be_are_refused(call, folder, tmp_path):
     code, _, err = call("generate", folder / "pair.yaml", "-o", tmp_path, "--attention-backend", "flush")
     assert code == 2
     assert "No attention backend 'flush'; take one of" in err
