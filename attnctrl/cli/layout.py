@@ -97,7 +97,8 @@ def layout(
                 progress=lambda done, total, before=number: advance(before * total + done, num * total),
                 **asked,
             )
-            path = picture.save(output / f"layout-{picture.seed}.png")
+            path = output / f"layout-{picture.seed}.png"
+            picture.save(path)
             took = round(time.perf_counter() - started, 3)
             images.append(
                 {"path": str(path), "seed": picture.seed, "size": list(picture.image.size), "seconds": took,

@@ -86,7 +86,9 @@ def style(
             **sampling.arguments(),
         )
     seconds = round(time.perf_counter() - started, 3)
-    paths = [str(one.save(output / f"style-{number}.png")) for number, one in enumerate(drawn)]
+    paths = [str(output / f"style-{number}.png") for number in range(len(drawn))]
+    for path, one in zip(paths, drawn, strict=True):
+        one.save(path)
     told = {
         "command": "style",
         "images": [
