@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+# with the third model the wheel would be 36 MB; toy-sd3 comes by `pip install ./assets`
+MODELS = ("toy-flux", "toy-sd")
 GUESTS = {"attnctrl.pipelines": "pipelines", "attnctrl.examples": "examples", "attnctrl.assets": "assets"}
 
 setup(
@@ -11,6 +13,6 @@ setup(
     package_data={
         "attnctrl": ["py.typed"],
         "attnctrl.examples": ["*.yaml", "masks/*.png", "references/*.png"],
-        "attnctrl.assets": ["toy-*/**"],  # pictures for the docs stay in the repository
+        "attnctrl.assets": [f"{model}/**" for model in MODELS],  # pictures for the docs stay in the repository
     },
 )

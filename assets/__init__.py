@@ -1,1 +1,1 @@
-"""The embedded models; installed as `attnctrl.assets`."""
+"""The embedded models; installed as `attnctrl.assets`, and those that its wheel leaves out as `attnctrl_models`."""

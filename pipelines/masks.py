@@ -31,7 +31,9 @@ def places(
     segment: Callable[[Image.Image, Character], Any] | None,
     heats: Mapping[str, Tensor],
 ) -> list[Region]:
-    """The regions of a shot's characters, in the order of the cast; warns of those found nowhere or everywhere.
+    """The regions of a shot's characters, with their names and descriptions, in the order of the cast.
+
+    Warns of those found nowhere or everywhere.
 
     Args:
         label: of the shot, for warnings.
@@ -50,7 +52,7 @@ def places(
     for one in there:
         if one.name in shot.boxes:
             left, top, right, bottom = (float(value) for value in shot.boxes[one.name])
-            regions.append(Region(name=one.name, box=(left, top, right, bottom)))
+            regions.append(Region(one.description, (left, top, right, bottom), name=one.name))
         elif (region := _found(one, masks[one.name], label)) is not None:
             regions.append(region)
     return regions
@@ -63,7 +65,7 @@ def attended(heats: Tensor) -> Tensor:
 
 
 def _found(one: Character, mask: Any, label: str) -> Region | None:
-    region = None if mask is None else Region(name=one.name, mask=mask)
+    region = None if mask is None else Region(one.description, mask=mask, name=one.name)
     inside = torch.zeros(1, dtype=torch.bool) if region is None else region.mask >= 0.5
     if not bool(inside.any()):
         warnings.warn(
@@ -74,5 +76,5 @@ def _found(one: Character, mask: Any, label: str) -> Region | None:
         warnings.warn(
             f"{label}: '{one.name}' was found everywhere; it has the whole picture.", MaskWarning, stacklevel=2
         )
-        return Region(name=one.name)
+        return Region(one.description, name=one.name)
     return region

@@ -8,10 +8,14 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from attnctrl.errors import AssetError
+from attnctrl.toybox import model_path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "pydantic", "yaml", "PIL")
@@ -65,15 +69,42 @@ def test_every_room_is_packaged():
         assert not (ROOT / "attnctrl" / folder).exists(), f"attnctrl/{folder} would hide the folder beside it"
 
 
+def files_of(folder, patterns):
+    return {path for pattern in patterns for path in folder.glob(f"{pattern}/*") if path.is_file()}
+
+
 def test_toy_models_and_scenes_are_package_data():
+    """Every model lies whole in one of the two wheels, and attnctrl's own stays small."""
     data = declared()["package_data"]
-    assets = {
-        path for pattern in data["attnctrl.assets"] for path in (ROOT / "assets").glob(f"{pattern}/*") if path.is_file()
-    }
-    for model in (ROOT / "assets").glob("toy-*"):
-        wanted = {path for path in model.rglob("*") if path.is_file()}
-        assert wanted <= assets, f"files of {model.name} would not be installed"
+    assets = ROOT / "assets"
+    own = files_of(assets, data["attnctrl.assets"])
+    listed = re.search(r"^attnctrl_models = (\[.+\])$", (assets / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed is not None
+    further = files_of(assets, json.loads(listed.group(1)))
+    wanted = {path for model in assets.glob("toy-*") for path in model.rglob("*") if path.is_file()}
+    assert own | further == wanted
+    assert not own & further
+    assert {path.relative_to(assets).parts[0] for path in own} == {"toy-flux", "toy-sd"}
+    code = [
+        path
+        for folder in ("attnctrl", "pipelines", "examples")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".png", ".yaml")
+    ]
+    assert sum(len(zlib.compress(path.read_bytes())) for path in [*own, *code]) < 25e6
     assert data["attnctrl.examples"] == ["*.yaml", "masks/*.png", "references/*.png"]
+
+
+def test_models_come_from_both_packages(tmp_path, monkeypatch):
+    """A model that attnctrl itself does not bring is found in the other package."""
+    place = tmp_path / "attnctrl_models"
+    (place / "toy-late").mkdir(parents=True)
+    (place / "__init__.py").write_text("")
+    with pytest.raises(AssetError, match=r"there are: toy-flux, toy-sd.*attnctrl-models"):
+        model_path("toy-late")
+    (place / "toy-late" / "model_index.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert model_path("toy-late") == place / "toy-late"
 
 
 def test_versions_agree():

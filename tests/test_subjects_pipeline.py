@@ -171,6 +171,26 @@ def test_every_preset_draws_a_story_and_goes_on(name):
     assert (pixels(more.pictures[0]) != pixels(more.rehearsal.pictures[0])).any()
 
 
+def test_subjects_read_their_own_descriptions_in_ir_diffusion():
+    """Masked mutual cross attention: nine parts of the description, one of the prompt, none of it on joint models."""
+    pipe = wrapped()
+    rehearsal = pipe.rehearse(CAST, SHOTS, **SIZES)
+    assert [region.prompt for region in rehearsal.regions[1]] == [one.description for one in CAST]
+    story = pipe.perform(rehearsal, preset="ir-diffusion", options={"anchors": 1})
+    assert story.options["portraits"] == 0.9
+    acting = story.pictures[0].record["report"]
+    assert any(line["name"] == "regions" and line["forwards"] > 0 for line in acting["controls"]), acting
+    alone = pipe.perform(rehearsal, preset="ir-diffusion", options={"anchors": 1, "portraits": 0.0})
+    assert (pixels(alone.pictures[1]) != pixels(story.pictures[1])).any()
+    texts = ac.preset("ir-diffusion", [list(own) for own in rehearsal.regions], portraits=0.9)[0]
+    assert (texts.name, texts.base_ratio, texts.branch) == ("regions", pytest.approx(0.1), "cond")
+    assert [one.name for one in ac.preset("ir-diffusion", [list(own) for own in rehearsal.regions])] == [
+        "isolate",
+        "share",
+        "reposition",
+    ]
+
+
 @pytest.mark.parametrize(
     ("cast", "shots", "message"),
     [

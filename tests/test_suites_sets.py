@@ -129,6 +129,28 @@ def test_guidance_is_measured_against_renders():
     assert guidance.values(tasks[0], doubled, doubled)["binding"] < 1
 
 
+def test_guidance_is_compared_with_none_and_with_the_models_own(monkeypatch):
+    seen = []
+
+    def draw(self, prompts, seeds, around=None, progress=None, showing=None):
+        seen.append((self.guidance_scale, self.true_cfg_scale, around is not None))
+        return [np.full((64, 64, 3), 200, np.uint8) for _ in prompts]
+
+    monkeypatch.setattr(Runner, "draw", draw)
+    for cost in ("time_ratio", "_memory"):
+        monkeypatch.setattr(f"attnctrl.toybox.suite.{cost}", lambda *_: 1.0)
+    monkeypatch.setattr("attnctrl.pipelines.models.read_defaults", lambda folder: {"true_cfg_scale": 5.0, "steps": 3})
+    runner = Runner(tiny_pipeline(), steps=1, guidance_scale=7.0, true_cfg_scale=7.0)
+    suite = replace(PAIRED["guidance"], whole={})  # the bootstrap of distances takes a minute
+    found = measure(suite, runner, "tiny", 2, None, Options(variants=True))
+    ways = list(dict.fromkeys(seen))
+    assert ways == [(1.0, 1.0, False), (1.0, 1.0, True), (1.0, 5.0, False), (1.0, 5.0, True)]
+    assert {"binding", "scale_0_5.binding", "cfg.binding", "cfg_and_perturbed.binding"} <= set(found["metrics"])
+    (one,) = guidance.perturbed(4.0)(runner, [])
+    (own,) = guidance.perturbed()(runner, [])
+    assert (one.scale, one.kind, own.guide.scale) == (4.0, own.kind, own.scale)
+
+
 def test_subjects_are_steered_where_a_plain_run_finds_them():
     """The preset's control on masks of attention to the told words, for each cast by itself."""
     from attnctrl import maps

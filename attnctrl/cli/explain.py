@@ -42,7 +42,7 @@ def explain(
 
       attnctrl explain examples/two_shapes.yaml
 
-      attnctrl explain examples/two_shapes.yaml --preset lamic-fixed --model toy-sd3
+      attnctrl explain examples/two_shapes.yaml --preset lamic-fixed
     """
     scene, _ = read_scene(source)
     scene = scene.replace(**sampling.changes())

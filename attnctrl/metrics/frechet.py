@@ -8,7 +8,8 @@ import numpy as np
 def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two samples [N, D] and [M, D], at least two rows each; >= 0.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of C^(1/2) C' C^(1/2), which are real.
+    With C = A^T A and C' = B^T B the trace of the root is the sum of the singular values of A B^T, so no matrix needs
+    to be larger than the smaller of samples and features.
 
     Raises:
         ValueError: Features differ in number, or there are too few samples.
@@ -22,14 +23,13 @@ def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
         raise ValueError(
             f"two samples [N, D] of at least two rows are compared; found {features.shape}, {other.shape}."
         )
-    first, second = np.cov(features, rowvar=False), np.cov(other, rowvar=False)
-    first, second = np.atleast_2d(first), np.atleast_2d(second)
-    root = _root(first)
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ second @ root), 0, None)).sum()
+    first, second = _factor(features), _factor(other)
+    cross = np.linalg.svd(first @ second.T, compute_uv=False).sum()
     shift = features.mean(0) - other.mean(0)
-    return max(0.0, float(shift @ shift + np.trace(first) + np.trace(second) - 2 * cross))
+    return max(0.0, float(shift @ shift + (first**2).sum() + (second**2).sum() - 2 * cross))
 
 
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+def _factor(features: np.ndarray) -> np.ndarray:
+    """A matrix [min(N, D), D] whose product with itself, A^T A, is the covariance of a sample [N, D]."""
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    return np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred

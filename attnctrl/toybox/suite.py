@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -103,6 +103,7 @@ class Suite(Generic[T]):
         whole: metrics of whole sets of pictures.
         controls: what acts.
         variants: what else can be measured; where that differs by model, a function of what runs it.
+        runs: settings of the runner that are other than the model's own, by the names of `Runner`'s fields.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Suite(Generic[T]):
     whole: Mapping[str, Whole[T]] = field(default_factory=dict)
     controls: Acting = field(default_factory=dict)
     variants: Mapping[str, Acting] | Callable[[Runner], Mapping[str, Acting]] = field(default_factory=dict)
+    runs: Mapping[str, Any] = field(default_factory=dict)
 
     def task(self, split: Split, index: int) -> tuple[T, int]:
         """Task `index` of a split, and its seed."""
@@ -154,6 +156,7 @@ def measure(
 ) -> dict[str, Any]:
     """The suite's result on a loaded pipeline, from `seeds` tasks; see `attnctrl.metrics.result`."""
     begin = time.monotonic()
+    runner = replace(runner, **suite.runs)
     tasks, numbers = zip(*(suite.task(options.split, index) for index in range(seeds)), strict=True)
     wanted = [suite.pictures(task, number) for task, number in zip(tasks, numbers, strict=True)]
     settings = _settings(suite, options, runner)

@@ -1,19 +1,29 @@
-"""`attnctrl eval guidance`: how good pictures are in themselves, against renders of the scenes that are told."""
+"""`attnctrl eval guidance`: how good pictures are in themselves, against renders of the scenes that are told.
+
+Plain pictures are drawn without guidance, controlled ones with a perturbed branch; classifier-free guidance, which the
+models are used with, is a variant beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from attnctrl.attach import parts_of
+from attnctrl.controls import Control, Perturb
+from attnctrl.families import family_of
 from attnctrl.metrics.frechet import frechet_distance
 
 from . import world
 from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Found, agrees, match, read_picture
-from .suite import Images, Picture, Suite, Whole
+from .suite import Drawing, Images, Picture, Stack, Suite, Whole, draw_pictures
 from .suites_layout import told_share
+from .suites_run import Runner
 
 PER_TASK = 2
 """Pictures of each prompt, for their diversity."""
@@ -96,6 +106,39 @@ def fidelity(task: Task, images: Images) -> float:
     return float(np.mean([told_share(task.expected, task.scene.background, read_picture(one)) for one in images]))
 
 
+CHOSEN: Mapping[str, Mapping[str, Any]] = {
+    "unet": {"kind": "uniform", "layers": "middle"},
+    "flux": {"kind": "identity", "layers": "middle"},
+    "sd3": {"kind": "identity", "layers": "middle"},
+}
+"""What is perturbed in the model of each family, chosen on "tune"."""
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Of the curve from too little to too much."""
+
+
+def perturbed(scale: float | None = None) -> Stack:
+    """The branch that was chosen for the runner's model, with its own scale or another."""
+
+    def stack(runner: Runner, _pictures: Sequence[Picture]) -> list[Control]:
+        told = CHOSEN[family_of(parts_of(runner.pipe)[0]).name]
+        return [Perturb(**(told if scale is None else {**told, "scale": scale}))]
+
+    return stack
+
+
+def guided(acting: Stack | None) -> Drawing:
+    """Pictures with the guidance that the model is used with, and with what acts besides."""
+
+    def draw(runner: Runner, wanted: Sequence[Picture], done: Callable[[int], None] | None) -> list[np.ndarray]:
+        from attnctrl.pipelines.models import read_defaults
+
+        usual = read_defaults(Path(str(runner.pipe.name_or_path or "")))
+        scales = {name: usual[name] for name in GUIDANCE.runs if name in usual}
+        return draw_pictures(replace(runner, **scales), wanted, acting or {}, done)
+
+    return Drawing(draw)
+
+
 GUIDANCE = Suite(
     name="guidance",
     sample=sample,
@@ -104,4 +147,11 @@ GUIDANCE = Suite(
     better={"binding": "higher", "saturation": "lower"},
     fidelity=fidelity,
     whole={"frechet": Whole("lower", _seen, frechet)},
+    controls=perturbed(),
+    variants={
+        **{f"scale_{scale:g}".replace(".", "_"): perturbed(scale) for scale in SCALES},
+        "cfg": guided(None),
+        "cfg_and_perturbed": guided(perturbed()),
+    },
+    runs={"guidance_scale": 1.0, "true_cfg_scale": 1.0},
 )
