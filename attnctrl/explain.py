@@ -42,8 +42,8 @@ class Explanation:
     Attributes:
         family: the model family.
         controls: per control its name, selected layers, active steps.
-        scenes: per sample of the batch a list of phases; a phase names its steps, controls, token ranges, plans and
-            notes.
+        scenes: per sample of the batch a list of phases; a phase names its steps, controls, token ranges, plans, and
+            for each region's image tokens whether what belongs to others reaches them (`reach`; in words `influence`).
         notes: estimates that were made.
     """
 
@@ -63,9 +63,16 @@ class Explanation:
             "notes": list(self.notes),
         }
 
+    def summary(self) -> str:
+        """Controls, and the tokens of the first steps; `str()` says all."""
+        tokens = [line for phases in self.scenes for line in _token_lines(phases[0])]
+        return "\n".join([*self._control_lines(), *tokens, *(f"note: {note}" for note in self.notes)])
+
+    def _control_lines(self) -> list[str]:
+        return [f"{self.family}, {self.steps} steps", *map(_control_line, self.controls)]
+
     def __str__(self) -> str:
-        lines = [f"{self.family}, {self.steps} steps"]
-        lines += [_control_line(control) for control in self.controls]
+        lines = self._control_lines()
         for number, phases in enumerate(self.scenes):
             lines += [f"sample {number}"] if len(self.scenes) > 1 else []
             for phase in phases:
@@ -80,11 +87,14 @@ def _control_line(control: Mapping[str, Any]) -> str:
     return f"  {control['name']}: layers {control['layers']}; steps {steps}; branch {branch}"
 
 
+def _token_lines(phase: Mapping[str, Any]) -> list[str]:
+    tokens = "  tokens " + ", ".join(f"{name} {count}" for name, count in phase["tokens"].items())
+    return [tokens, *(f"  {name}: {count} image tokens" for name, count in phase["regions"].items())]
+
+
 def _phase_lines(phase: Mapping[str, Any]) -> list[str]:
     names = ", ".join(phase["controls"]) or "no control: the plain model"
-    lines = [f"steps {phase['steps']}: {names}"]
-    lines += ["  tokens " + ", ".join(f"{name} {count}" for name, count in phase["tokens"].items())]
-    lines += [f"  {name}: {count} image tokens" for name, count in phase["regions"].items()]
+    lines = [f"steps {phase['steps']}: {names}", *_token_lines(phase)]
     lines += [f"  {one['layers']}: {one['explain']}" for one in (*phase["plans"], *phase["outputs"])]
     return lines + [f"  {note}" for note in phase["influence"]]
 
@@ -219,6 +229,7 @@ def _phase(
                 edited.setdefault(found, []).append(layer)
     order = {layer.name: i for i, layer in enumerate(stack.layers)}
     edges = [found for _, found in sorted(reads, key=lambda item: order[item[0]])]
+    reach = _reach(edges) if active else []
     main = stack.situation(variant, variant.frames.items[0][0])
     member = main.member.sum(1).tolist()
     return {
@@ -231,7 +242,8 @@ def _phase(
             {"layers": describe(layers), "explain": "; ".join(one.explain() for one in found)}
             for found, layers in edited.items()
         ],
-        "influence": _influence(edges) if active else [],
+        "reach": reach,
+        "influence": [_sentence(one) for one in reach],
     }
 
 
@@ -271,8 +283,12 @@ def _representatives(atom: Tensor, count: int) -> Tensor:
     return token
 
 
-def _influence(layers: Sequence[Edges]) -> list[str]:
-    """For each region's image tokens and what belongs to others: directly, after how many layers and how, or never."""
+def _reach(layers: Sequence[Edges]) -> list[dict[str, Any]]:
+    """For each region's image tokens and what belongs to others: from which layer on and through whom, or never.
+
+    Returns:
+        dicts of `reader`, `source`, `layer` (counted from 1; None is never) and `through` ([] is directly).
+    """
     reached: dict[Group, set[Group]] = {}
     after: dict[tuple[Group, Group], tuple[int, Group]] = {}
     for number, edges in enumerate(layers, start=1):
@@ -286,24 +302,31 @@ def _influence(layers: Sequence[Edges]) -> list[str]:
     seen = sorted(groups, key=lambda group: group.name)
     pictured = [group for group in seen if group.kind == "image" and group.members]
     return [
-        f"{here.name} {_how(after, here, there)}"
+        {"reader": here.name, "source": there.name, **_path(after, here, there)}
         for here in pictured
         for there in seen
         if there.members and not here.members & there.members
     ]
 
 
-def _how(after: Mapping[tuple[Group, Group], tuple[int, Group]], here: Group, there: Group) -> str:
+def _path(after: Mapping[tuple[Group, Group], tuple[int, Group]], here: Group, there: Group) -> dict[str, Any]:
     if (here, there) not in after:
-        return f"never reads {there.name}"
+        return {"layer": None, "through": []}
     layer, through = after[here, there]
-    if through == there:
-        return f"reads {there.name}" + ("" if layer == 1 else f", from layer {layer} on")
     path = []
     while through != there:
         path.append(through.name)
         through = after[through, there][1]
-    return f"indirectly reads {there.name}, from layer {layer} on, through {', '.join(path)}"
+    return {"layer": layer, "through": path}
+
+
+def _sentence(told: Mapping[str, Any]) -> str:
+    reader, source, layer, through = (told[name] for name in ("reader", "source", "layer", "through"))
+    if layer is None:
+        return f"{reader} never reads {source}"
+    if through:
+        return f"{reader} indirectly reads {source}, from layer {layer} on, through {', '.join(through)}"
+    return f"{reader} reads {source}" + ("" if layer == 1 else f", from layer {layer} on")
 
 
 def _spans(steps: Sequence[int]) -> str:

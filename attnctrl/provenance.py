@@ -160,7 +160,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Scenes and seeds are not compared.
     """
-    keys = ("settings", "model", "pipeline", "scheduler", "dtype", "device", "versions")
+    keys = ("settings", "model", "setup", "pipeline", "scheduler", "dtype", "device", "versions")
     before, after = ({key: value for part in keys for key, value in _flat(part, run.get(part))} for run in (then, now))
     return [
         f"{key}: {before.get(key)} then, {after.get(key)} now"

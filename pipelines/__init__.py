@@ -8,16 +8,19 @@ from attnctrl.pipelines.base import ScenePicture
 from attnctrl.pipelines.layout import LayoutPipeline, Subject
 from attnctrl.pipelines.scene import ScenePipeline
 from attnctrl.pipelines.settings import Settings
+from attnctrl.pipelines.setup import Lora, Setup
 from attnctrl.pipelines.style import StylePipeline
 from attnctrl.pipelines.subjects import Character, MultiSubjectPipeline, Shot, Story
 
 __all__ = [
     "Character",
     "LayoutPipeline",
+    "Lora",
     "MultiSubjectPipeline",
     "ScenePicture",
     "ScenePipeline",
     "Settings",
+    "Setup",
     "Shot",
     "Story",
     "StylePipeline",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attnctrl.pipelines.models import Model, find_model, load_pipeline, read_defaults
 from attnctrl.pipelines.settings import Canvas, Settings, settings_of
+from attnctrl.pipelines.setup import Setup
 
 from attnctrl import files, provenance
 from attnctrl.errors import LayoutError, SceneError, UnsupportedModelError
@@ -71,14 +72,26 @@ class Wrapper:
 
     runs_on: ClassVar[tuple[str, ...]] = PIPELINES
 
-    def __init__(self, pipe: Any, identity: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        identity: Mapping[str, str],
+        defaults: Mapping[str, Any] | None = None,
+        setup: Setup | None = None,
+    ) -> None:
         self.pipe = self._checked(pipe)
         self.identity = dict(identity)
         self.defaults = dict(defaults or {})
+        self.setup = setup or Setup()
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Model = "toy-flux", *, device: str | None = None, dtype: torch.dtype | None = None
+        cls,
+        model: str | Model = "toy-flux",
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        setup: Setup | None = None,
     ) -> Self:
         """Load a model: "toy-flux" and its kin, a folder, or a hub id.
 
@@ -86,17 +99,18 @@ class Wrapper:
             model: Its name, or what `find_model` gave for it.
             device: "cpu", "cuda", ...; the best one of the machine if left out.
             dtype: Of weights and arithmetic; float32 on the CPU and bfloat16 elsewhere if left out.
+            setup: LoRAs, offloading, attention backend, compilation; records tell of it.
 
         Raises:
-            AssetError: There is no such model, or it cannot be loaded.
-            UnsupportedModelError: Its pipeline is none of `runs_on`.
+            AssetError: There is no such model, or it or a LoRA cannot be loaded.
+            UnsupportedModelError: Its pipeline is none of `runs_on`, or it cannot be set up so.
         """
         import torch
 
         found = find_model(model) if isinstance(model, str) else model
         device = device or best_device()
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-        return cls(load_pipeline(found, dtype, device), found.identity(), found.defaults)
+        return cls(load_pipeline(found, dtype, device, setup), found.identity(), found.defaults, setup)
 
     @classmethod
     def from_pipe(cls, pipe: Any, name: str | None = None) -> Self:
@@ -262,6 +276,7 @@ class Wrapper:
             "device": str(pipe._execution_device),
             "dtype": str(_denoiser(pipe).dtype).removeprefix("torch."),
             "versions": provenance.versions(),
+            **({"setup": told} if (told := self.setup.record()) else {}),
         }
 
 

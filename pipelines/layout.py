@@ -124,7 +124,7 @@ class LayoutPipeline(Wrapper):
             "reference_pixels": reference_pixels,
         }
         scenes = [
-            _scene(
+            scene_of(
                 {**common, "prompt": text, "negative_prompt": negative or "", "background": ground}, own, f"layout {i}"
             )
             for i, (text, own, ground, negative) in enumerate(zip(prompts, layouts, grounds, negatives, strict=True))
@@ -152,7 +152,7 @@ class LayoutPipeline(Wrapper):
         return self.draw(scenes, numbers, acting, bool(acting), progress)
 
 
-def _scene(keys: dict[str, Any], subjects: Sequence[Subject], label: str) -> Scene:
+def scene_of(keys: dict[str, Any], subjects: Sequence[Subject], label: str) -> Scene:
     """The layout as a scene, with its masks and references as files in memory."""
     from attnctrl.sceneplaces import outside_of
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnctrl.pipelines.setup import Setup
+
 from attnctrl.errors import AssetError, SceneError
 from attnctrl.provenance import fingerprint
 
@@ -54,9 +56,14 @@ def find_model(name: str) -> Model:
         return _local(name, Path(model_path(name)))
     if Path(name).is_dir():
         return _local(name, Path(name))
-    if _HUB_ID.fullmatch(name):
+    if is_hub_id(name):
         return Model(name, name)
     raise AssetError(f"no model '{name}': it is neither a folder nor a hub id; name toy-flux, a folder, or owner/name.")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is written as the hub writes its ids: owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def find_scene_model(name: str, folder: Path | None) -> Model:
@@ -77,11 +84,12 @@ def find_scene_model(name: str, folder: Path | None) -> Model:
     return _local(name, path)
 
 
-def load_pipeline(model: Model, dtype: torch.dtype, device: str) -> DiffusionPipeline:
-    """The pipeline of `model`, from safetensors only, without the models' own code.
+def load_pipeline(model: Model, dtype: torch.dtype, device: str, setup: Setup | None = None) -> DiffusionPipeline:
+    """The pipeline of `model`, from safetensors only, without the models' own code, on a device and set up.
 
     Raises:
-        AssetError: It cannot be loaded.
+        AssetError: It, or a LoRA, cannot be loaded.
+        UnsupportedModelError: The model or the machine does not allow what `setup` asks for.
     """
     from diffusers import DiffusionPipeline
 
@@ -90,7 +98,7 @@ def load_pipeline(model: Model, dtype: torch.dtype, device: str) -> DiffusionPip
     except (OSError, ValueError) as error:
         raise AssetError(f"model '{model.name}' cannot be loaded from {model.source}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return (setup or Setup()).applied(pipe, device)
 
 
 def _local(name: str, folder: Path) -> Model:

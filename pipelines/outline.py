@@ -67,8 +67,12 @@ class Outline:
         """The values with which `scene` runs. Raises `SceneError` if its size does not fit."""
         return settings_of(scene, self.defaults, self.canvas)
 
-    def explain(self, scene: Scene) -> Explanation:
-        """What the scene's controls would do. Raises `AttnCtrlError` as `attach` and the first forward would."""
+    def explain(self, scene: Scene, branch: str = "cond") -> Explanation:
+        """What the scene's controls would do in a guidance branch.
+
+        Raises:
+            AttnCtrlError: as `attach` and the first forward would.
+        """
         import attnctrl
 
         settings = self.settings(scene)
@@ -81,6 +85,7 @@ class Outline:
             sigmas=self.sigmas(settings),
             text_tokens=self.text_tokens(settings),
             references=self.references(scene, settings),
+            branch=branch,
         )
 
     def text_tokens(self, settings: Settings) -> int:

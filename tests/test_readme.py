@@ -39,7 +39,8 @@ def test_commands_exist_and_their_help_runs(capsys: pytest.CaptureFixture[str]) 
 
     shown = [line[2:].split("#")[0].split() for block in blocks("console") for line in block.splitlines() if line]
     commands = {line[1] for line in shown if line[0] == "attnctrl"}
-    assert commands == {"generate", "replay", "invert", "edit", "check", "subjects", "maps", "eval", "bench", "env"}
+    drawing = {"generate", "layout", "style", "subjects", "replay", "invert", "edit", "maps"}
+    assert commands == {*drawing, "check", "explain", "models", "eval", "bench", "env"}
     for command in sorted(commands):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
     targets = {line[1] for line in shown if line[0] == "make"}

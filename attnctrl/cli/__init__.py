@@ -13,7 +13,23 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli import bench, check, demo, edit, env, evaluate, generate, invert, maps, replay, subjects
+from attnctrl.cli import (
+    bench,
+    check,
+    demo,
+    edit,
+    env,
+    evaluate,
+    explain,
+    generate,
+    invert,
+    layout,
+    maps,
+    models,
+    replay,
+    style,
+    subjects,
+)
 from attnctrl.cli.output import note, show_warning
 
 FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
@@ -21,18 +37,21 @@ FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
 app = typer.Typer(
     name="attnctrl",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.generate)
+app.command("layout")(layout.layout)
+app.command("style")(style.style)
 app.command("subjects")(subjects.subjects)
 app.command("info")(replay.info)
 app.command("replay")(replay.replay)
 app.command("invert")(invert.invert)
 app.command("edit")(edit.edit)
 app.command("check")(check.check)
+app.command("explain")(explain.explain)
+app.command("models")(models.models)
 app.command("demo")(demo.demo)
 app.command("maps")(maps.maps)
 app.command("eval")(evaluate.evaluate)

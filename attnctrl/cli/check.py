@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import ModelOption, model_for, read_scene
+from attnctrl.cli.generate import read_scene
+from attnctrl.cli.loading import ModelOption, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def check(
     form: FormatOption = Format.human,
 ) -> None:
     """Validate a scene and show its tokens, regions and selected layers. Reads configurations, no weights.
+
+    What reads what is told by `attnctrl explain`.
 
     Examples:
 
@@ -48,13 +51,13 @@ def check(
 
     found = model_for(loaded, scene, model)
     outline = Outline.of(found)
-    settings, explanation = outline.settings(loaded), outline.explain(loaded)
+    settings, explanation, regions = outline.settings(loaded), outline.explain(loaded), _regions(loaded)
     data = {
         "command": "check",
         "scene": str(scene),
         "model": found.name,
         "settings": asdict(settings),
-        "regions": _regions(loaded),
+        "regions": regions,
         "explanation": explanation.to_dict(),
     }
     unplaced = [
@@ -62,7 +65,7 @@ def check(
         for subject in loaded.subjects
         if subject.box is None and subject.mask is None
     ]
-    human = partial(_text, scene, found.name, settings, data["regions"], unplaced, explanation)
+    human = partial(_text, scene, found.name, settings, regions, unplaced, explanation)
     emit(form, data, human, [str(scene)])
 
 
@@ -93,4 +96,4 @@ def _text(
     lines += [f"  {line}" for line in unplaced]
     if regions and not explanation.controls:
         lines.append("  no controls: boxes and masks have no effect (leave 'controls' out for text regions)")
-    return "\n".join([*lines, str(explanation)])
+    return "\n".join([*lines, explanation.summary()])

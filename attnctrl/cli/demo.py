@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli.generate import DeviceOption, check_device, named_model
+from attnctrl.cli.loading import DeviceOption, check_device, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, note, progress_bar
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import DeviceOption, Dtype, check_device, named_model
+from attnctrl.cli.loading import DeviceOption, DtypeOption, check_device, named_model
 from attnctrl.cli.invert import read_picture
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
@@ -32,7 +32,7 @@ def edit(
     guidance: Annotated[float, typer.Option(min=1, help="Classifier-free, of the drawing.")] = 2.0,
     distilled: Annotated[float, typer.Option(min=1, help="Guidance that distilled models are told.")] = 2.0,
     device: DeviceOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Else float32 on the CPU, bfloat16 elsewhere.")] = None,
+    dtype: DtypeOption = None,
     form: FormatOption = Format.human,
 ) -> None:
     """Edit a picture: find the noise it comes from, and draw it from there with another prompt.

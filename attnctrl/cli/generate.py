@@ -4,48 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnctrl.cli.groups import Sampling, with_groups
+from attnctrl.cli.loading import Loading, ModelOption, load, model_for
 from attnctrl.cli.output import Advance, Format, FormatOption, emit, hush, note, progress_bar
 from attnctrl.cli.processes import processes
 
 if TYPE_CHECKING:
     from attnctrl.pipelines.models import Model
+    from attnctrl.pipelines.setup import Setup
     from attnctrl.scene import Scene
-
-ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="toy-flux, a folder, or a hub id; otherwise the scene's.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; otherwise the best there is.")
-]
-
-
-class Dtype(str, Enum):
-    """Number formats of weights and arithmetic."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One scene to be drawn: `model` is loaded for it, one picture is written to each of `targets` (seed to path)."""
+    """One scene to be drawn: one picture is written to each of `targets` (seed to path).
+
+    Attributes:
+        model, dtype, setup: what is loaded for it, and how.
+        record: of the picture that the scene comes from, if it comes from one.
+    """
 
     source: Path
     scene: Scene
     model: Model
+    dtype: str | None
+    setup: Setup
     targets: dict[int, Path]
     record: dict[str, Any] = field(default_factory=dict)
 
 
+@with_groups
 def generate(
     scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="Scene files, or PNGs that attnctrl made.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("out"),
@@ -55,12 +50,6 @@ def generate(
     num: Annotated[
         int, typer.Option("--num", "-n", min=1, max=10_000, help="Pictures of each scene; seeds count up.")
     ] = 1,
-    model: ModelOption = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=500, help="Denoising steps; else the scene's or model's.")
-    ] = None,
-    device: DeviceOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Else float32 on the CPU, bfloat16 elsewhere.")] = None,
     no_control: Annotated[
         bool, typer.Option("--no-control", help="Leave the scene's controls out, to compare.")
     ] = False,
@@ -68,12 +57,16 @@ def generate(
         bool, typer.Option("--again", help="Draw pictures anew that are there from the very same run.")
     ] = False,
     form: FormatOption = Format.human,
+    model: ModelOption = None,
+    loading: Loading = Loading(),
+    sampling: Sampling = Sampling(),
 ) -> None:
     """Make pictures from scenes. Each PNG carries all that is needed to make it again.
 
     A run that was interrupted goes on where it stopped: pictures that would come out the same are kept. A scene that
     fails does not stop the others. `torchrun --nproc-per-node 2 -m attnctrl generate ...` splits the pictures over two
     processes, and so does `accelerate launch -m attnctrl generate ...` over those that it starts, one for each GPU.
+    Write -n behind torchrun, which takes --num for an option of its own.
 
     Examples:
 
@@ -81,13 +74,13 @@ def generate(
 
       attnctrl generate out/two_shapes-0.png -o again/
     """
-    jobs = _jobs(scenes, output, seed, num, model, steps)
+    jobs = _jobs(scenes, output, seed, num, model, loading, sampling)
     hush()
-    part = processes(device)
+    part = processes(loading.device)
     mine = part.share([(job, one, target) for job in jobs for one, target in job.targets.items()])
     made: list[dict[str, Any]] = []
     failures: list[Exception] = []
-    painter = _Painter(device or part.device, dtype, not no_control, again)
+    painter = _Painter(replace(loading, device=loading.device or part.device), not no_control, again)
     with progress_bar("drawing", form) as advance:
         total = sum(_steps(job) for job, _, _ in mine)
         done = 0
@@ -101,7 +94,7 @@ def generate(
                 note(f"failed: {job.source}, seed {seed_now}: {_said(error)}")
             else:
                 made.append(entry)
-                _tell(entry, form)
+                tell(entry, form)
             done += _steps(job)
     images = sorted(part.gathered(made), key=lambda one: one["path"])
     failed = part.gathered([_said(error) for error in failures])
@@ -114,19 +107,18 @@ def generate(
 
 @dataclass
 class _Painter:
-    """Draws pictures of jobs, all in one way; keeps the pipeline loaded last for those of its model and number format.
+    """Draws pictures of jobs, all in one way; keeps the pipeline loaded last for those that take the same.
 
     Attributes:
-        device, dtype: None for what suits the model.
+        loading: what the device is taken from.
         controlled: False leaves the controls of all scenes out.
         again: draw what is there from the very same run.
     """
 
-    device: str | None
-    dtype: Dtype | None
+    loading: Loading
     controlled: bool
     again: bool
-    loaded: tuple[Model, str | None] | None = None
+    loaded: tuple[Model, str | None, Setup] | None = None
     pipe: Any = None
 
     def draw(self, job: _Job, seed: int, target: Path, advance: Advance) -> dict[str, Any]:
@@ -150,9 +142,11 @@ class _Painter:
         }  # fmt: skip
 
     def _pipe_of(self, job: _Job) -> Any:
-        wanted = (job.model, self.dtype.value if self.dtype else recorded_dtype(job.record))
+        from attnctrl.pipelines import ScenePipeline
+
+        wanted = (job.model, job.dtype, job.setup)
         if self.loaded != wanted:
-            self.pipe, self.loaded = load(job.model, self.device, wanted[1]), wanted
+            self.pipe, self.loaded = load(job.model, self.loading, ScenePipeline, job.dtype, job.setup), wanted
         return self.pipe
 
 
@@ -161,9 +155,10 @@ def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _tell(entry: Mapping[str, Any], form: Format) -> None:
+def tell(entry: Mapping[str, Any], form: Format) -> None:
+    """Print what was drawn, as it comes; --format json prints all at the end."""
     width, height = entry["size"]
-    took = "was there" if entry["kept"] else f"{entry['seconds']:.1f} s"
+    took = "was there" if entry.get("kept") else f"{entry['seconds']:.1f} s"
     about = f"  seed {entry['seed']}  {width} x {height}  {took}"
     if form is not Format.json:
         typer.echo(entry["path"] if form is Format.quiet else f"{entry['path']}{about}")
@@ -179,15 +174,21 @@ def _further(advance: Advance, before: int, total: int, done: int, _steps: int) 
 
 
 def _jobs(
-    sources: list[Path], output: Path, seed: int | None, num: int, model: str | None, steps: int | None
+    sources: list[Path],
+    output: Path,
+    seed: int | None,
+    num: int,
+    model: str | None,
+    loading: Loading,
+    sampling: Sampling,
 ) -> list[_Job]:
     """Everything that can be wrong with the request is found here, before a model is loaded."""
     jobs: list[_Job] = []
     taken: dict[Path, Path] = {source.resolve(): source for source in sources}
     for source in sources:
         scene, record = read_scene(source)
-        if steps is not None:
-            scene = scene.replace(steps=steps)
+        if changes := sampling.changes():
+            scene = scene.replace(**changes)
         first = scene.seed if seed is None else seed
         stem = source.stem.removesuffix(f"-{scene.seed}") if record else source.stem
         targets = {first + i: output / f"{stem}-{first + i}.png" for i in range(num)}
@@ -195,27 +196,9 @@ def _jobs(
             other = taken.setdefault(target.resolve(), source)
             if other is not source or target.resolve() == source.resolve():
                 raise typer.BadParameter(f"{source} would write {target}, which belongs to {other}; choose another -o.")
-        found = model_for(scene, source, model)
-        jobs.append(_Job(source, scene, found, targets, record))
+        found, setup = model_for(scene, source, model), loading.setup(record, source.parent)
+        jobs.append(_Job(source, scene, found, loading.dtype_of(record), setup, targets, record))
     return jobs
-
-
-def model_for(scene: Scene, source: Path, option: str | None) -> Model:
-    """The model that --model names, else the scene's own. Raises `typer.BadParameter`, `AssetError`, `SceneError`."""
-    from attnctrl.pipelines.models import find_scene_model
-
-    return named_model(option) if option is not None else find_scene_model(scene.model, scene.folder or source.parent)
-
-
-def named_model(option: str) -> Model:
-    """The model that --model names. Raises `typer.BadParameter`."""
-    from attnctrl.errors import AssetError
-    from attnctrl.pipelines.models import find_model
-
-    try:
-        return find_model(option)
-    except AssetError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
 def read_scene(source: Path) -> tuple[Scene, dict[str, Any]]:
@@ -233,40 +216,6 @@ def read_scene(source: Path) -> tuple[Scene, dict[str, Any]]:
     from attnctrl.scene import load_scene
 
     return load_scene(source), {}
-
-
-def recorded_dtype(record: Mapping[str, Any]) -> str | None:
-    """The number format a picture was made in; None lets the device choose."""
-    recorded = record.get("dtype")
-    return recorded if recorded in Dtype.__members__ else None
-
-
-def load(model: Model, device: str | None, dtype: str | None, kind: Any = None) -> Any:
-    """The pipeline of a model, of a `kind` of `attnctrl.pipelines` (for scenes if left out).
-
-    Raises:
-        typer.BadParameter: for a device that is not there.
-    """
-    import torch
-
-    from attnctrl.pipelines import ScenePipeline
-
-    checked, wrapper = check_device(device), kind or ScenePipeline
-    return wrapper.from_pretrained(model, device=checked, dtype=getattr(torch, dtype) if dtype else None)
-
-
-def check_device(device: str | None) -> str | None:
-    """`device` if this machine has it, as torch writes it. Raises `typer.BadParameter`."""
-    import torch
-
-    if device is None:
-        return None
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise typer.BadParameter(f"'{device}' cannot be used here: {reason}", param_hint="--device") from error
-    return device
 
 
 def _compare(job: _Job, record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import DeviceOption, Dtype, check_device, named_model
+from attnctrl.cli.loading import DeviceOption, DtypeOption, check_device, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def invert(
     eta: Annotated[float, typer.Option(min=0, max=1, help="Of controlled: pull back towards the picture.")] = 0.9,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of controlled: of its noise.")] = 0,
     device: DeviceOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Else float32 on the CPU, bfloat16 elsewhere.")] = None,
+    dtype: DtypeOption = None,
     form: FormatOption = Format.human,
 ) -> None:
     """Invert a picture, draw it again from the noise that was found, and say how much of it came back.
@@ -83,15 +83,15 @@ def invert(
     emit(form, result, lambda: _human(result), paths.values())
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The picture as RGB. Raises `typer.BadParameter`."""
+def read_picture(path: Path, option: str = "IMAGE") -> Image.Image:
+    """The picture of an option as RGB. Raises `typer.BadParameter`."""
     from attnctrl.errors import AssetError
     from attnctrl.pipelines.references import load_reference
 
     try:
         return load_reference(path, "the picture")
     except AssetError as error:
-        raise typer.BadParameter(str(error), param_hint="IMAGE") from error
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _human(result: dict[str, Any]) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import DeviceOption, Dtype, ModelOption, check_device, load, model_for, read_scene
+from attnctrl.cli.generate import read_scene
+from attnctrl.cli.groups import Sampling, with_groups
+from attnctrl.cli.loading import Loading, ModelOption, check_device, load, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class When(str, Enum):
     post = "post"
 
 
+@with_groups
 def maps(
     source: Annotated[Path, typer.Argument(metavar="SCENE", help="A scene file, or a PNG that attnctrl made.")],
     words: Annotated[list[str], typer.Option("--words", "-w", help="Words of the prompt; give it once for each map.")],
@@ -34,12 +37,11 @@ def maps(
     ] = None,
     when: Annotated[When, typer.Option(help="The model's own attention, or as controls make it.")] = When.pre,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Else the scene's.")] = None,
-    model: ModelOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=500, help="Else the scene's or model's.")] = None,
-    device: DeviceOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Else float32 on the CPU, bfloat16 elsewhere.")] = None,
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave the scene's controls out.")] = False,
     form: FormatOption = Format.human,
+    model: ModelOption = None,
+    loading: Loading = Loading(),
+    sampling: Sampling = Sampling(),
 ) -> None:
     """Draw a scene and, for words of its prompt, where in the picture they are attended to.
 
@@ -52,8 +54,8 @@ def maps(
     names = {word: re.sub(r"\W+", "-", word).strip("-").lower() or "words" for word in words}
     if len(set(names.values())) < len(words):
         raise typer.BadParameter(f"two of {', '.join(words)} are the same words; name each once.", param_hint="--words")
-    scene, _ = read_scene(source)
-    scene = scene if steps is None else scene.replace(steps=steps)
+    scene, record_of_source = read_scene(source)
+    scene = scene.replace(**sampling.changes())
     number = scene.seed if seed is None else seed
     stem = f"{source.stem.removesuffix(f'-{scene.seed}')}-{number}"
     targets = {word: output / f"{stem}-{name}.png" for word, name in names.items()}
@@ -62,12 +64,14 @@ def maps(
     if len(set(paths)) < len(paths) or any(path.resolve() == source.resolve() for path in paths):
         raise typer.BadParameter(f"{source} and its maps would share a file; choose another -o or other words.")
     found_model = model_for(scene, source, model)
-    check_device(device)
+    check_device(loading.device)
+    setup = loading.setup(record_of_source, source.parent)
     hush()
     from attnctrl import files
     from attnctrl.maps import legend, overlay, record
+    from attnctrl.pipelines import ScenePipeline
 
-    pipe = load(found_model, device, dtype.value if dtype else None)
+    pipe = load(found_model, loading, ScenePipeline, setup=setup)
     asked = {"layers": layers, "when": when.value, "max_sequence_length": pipe.settings(scene).max_sequence_length}
     with record(pipe.pipe, words, prompt=scene.prompt, **asked) as found, progress_bar(f"maps {stem}", form) as advance:
         picture = pipe(scene, [number], controlled=not no_control, progress=advance)[0]

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import DeviceOption, ModelOption, load, model_for, recorded_dtype
+from attnctrl.cli.groups import with_groups
+from attnctrl.cli.loading import Loading, ModelOption, load, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush, note, progress_bar
 
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that attnctrl made.")]
@@ -46,6 +47,7 @@ def _text(image: Path, record: Mapping[str, Any]) -> Any:
         "model": " ".join(str(value) for value in model.values()),
         "pipeline": record.get("pipeline"),
         "scheduler": record.get("scheduler", {}).get("class"),
+        "set up with": _pairs(record.get("setup", {})),
         "device": f"{record.get('device')}, {record.get('dtype')}",
         "versions": _pairs(record.get("versions", {})),
         "files": ", ".join(record.get("files", {})),
@@ -74,16 +76,19 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, ""))
 
 
+@with_groups
 def replay(
     image: Picture,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep the picture that was made again, as this PNG.")
     ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
     form: FormatOption = Format.human,
+    model: ModelOption = None,
+    loading: Loading = Loading(),
 ) -> None:
     """Make a picture again from what it carries, and say whether it is the same to the bit (exit code 1 if not).
+
+    LoRAs, attention backend and compilation are those of the record, unless options say otherwise.
 
     Examples:
 
@@ -99,12 +104,12 @@ def replay(
     if output is not None and output.resolve() == image.resolve():
         raise typer.BadParameter(f"{output} is the picture itself; choose another file.", param_hint="--output")
     scene, record = restore(image)
-    found = model_for(scene, image, model)
+    found, setup = model_for(scene, image, model), loading.setup(record, image.parent)
     hush()
     from attnctrl.pipelines import MultiSubjectPipeline, ScenePipeline, StylePipeline
 
     kind: Any = MultiSubjectPipeline if "story" in record else StylePipeline if "set" in record else ScenePipeline
-    pipe = load(found, device, recorded_dtype(record), kind)
+    pipe = load(found, loading, kind, loading.dtype_of(record), setup)
     with progress_bar(f"replay {image.stem}", form) as advance:
         if kind is ScenePipeline:
             again = pipe(scene, controlled=bool(record.get("controlled", True)), progress=advance)[0]

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.generate import DeviceOption, Dtype, ModelOption, check_device, named_model
+from attnctrl.cli.groups import Sampling, with_groups
+from attnctrl.cli.loading import Loading, ModelOption, load, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
     from attnctrl.pipelines.storyfile import StoryFile
 
 
+@with_groups
 def subjects(
     source: Annotated[
         Path | None, typer.Argument(metavar="[STORY]", help="A story file; or give cast and shots.")
@@ -28,11 +30,10 @@ def subjects(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and a sheet.")] = Path("out"),
     preset: Annotated[str | None, typer.Option("--preset", help="Such as consistory; else the story's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the first shot; else the story's.")] = None,
-    model: ModelOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=500, help="Else the story's or model's.")] = None,
-    device: DeviceOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Else float32 on the CPU, bfloat16 elsewhere.")] = None,
     form: FormatOption = Format.human,
+    model: ModelOption = None,
+    loading: Loading = Loading(),
+    sampling: Sampling = Sampling(),
 ) -> None:
     """Draw the same characters in several pictures: a plain rehearsal finds them, then all are drawn together.
 
@@ -50,7 +51,7 @@ def subjects(
     from attnctrl.scenecheck import nearest
 
     story = _story(source, cast or [], shot or [])
-    given = {"preset": preset, "seed": seed, "steps": steps}
+    given = {"preset": preset, "seed": seed, **sampling.changes()}
     story = story.model_copy(update={name: value for name, value in given.items() if value is not None})
     if story.preset not in SETS:
         raise typer.BadParameter(f"no preset '{story.preset}'; {nearest(story.preset, SETS)}", param_hint="--preset")
@@ -58,16 +59,12 @@ def subjects(
     stem = "story" if source is None else source.stem
     folder = Path() if source is None else source.parent
     found_model = named_model(model) if model is not None else find_scene_model(story.model, folder)
-    checked = check_device(device)
+    setup = loading.setup()
     hush()
-    import torch
-
     from attnctrl import files
     from attnctrl.pipelines import MultiSubjectPipeline
 
-    pipe = MultiSubjectPipeline.from_pretrained(
-        found_model, device=checked, dtype=getattr(torch, dtype.value) if dtype else None
-    )
+    pipe = load(found_model, loading, MultiSubjectPipeline, setup=setup)
     started = time.perf_counter()
     with progress_bar(stem, form) as advance:
         drawn = pipe(story.characters, story.pictures, progress=advance, **story.settings)

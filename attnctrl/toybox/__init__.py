@@ -7,9 +7,14 @@ from pathlib import Path
 
 from ..errors import AssetError
 
-__all__ = ["model_path"]
+__all__ = ["model_names", "model_path"]
 
 _PACKAGES = ("attnctrl.assets", "attnctrl_models")
+
+
+def model_names() -> list[str]:
+    """Names of the embedded models that are there."""
+    return sorted({path.parent.name for folder in _folders() for path in folder.glob("toy-*/model_index.json")})
 
 
 def model_path(name: str) -> Path:
@@ -20,15 +25,17 @@ def model_path(name: str) -> Path:
     Raises:
         AssetError: There is no embedded model of that name.
     """
-    folders = [Path(place) for package in _PACKAGES for place in _places(package)]
-    for folder in folders:
+    for folder in _folders():
         if (folder / name / "model_index.json").is_file():
             return folder / name
-    known = sorted(p.parent.name for folder in folders for p in folder.glob("toy-*/model_index.json"))
     raise AssetError(
-        f"no embedded model '{name}'; there are: {', '.join(known) or 'none'}. More come with the package "
+        f"no embedded model '{name}'; there are: {', '.join(model_names()) or 'none'}. More come with the package "
         "attnctrl-models, which the folder assets/ of attnctrl's repository makes: pip install ./assets"
     )
+
+
+def _folders() -> list[Path]:
+    return [Path(place) for package in _PACKAGES for place in _places(package)]
 
 
 def _places(package: str) -> list[str]:
