@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from attnctrl.cli.loading import DeviceOption, DtypeOption, check_device, named_model
 from attnctrl.cli.invert import read_picture
+from attnctrl.cli.loading import DeviceOption, DtypeOption, check_device, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 

@@ -62,7 +62,6 @@ def explain(
 def _with_preset(scene: Scene, outline: Outline, name: str) -> Scene:
     """The scene under another stack of controls. Raises `typer.BadParameter`, `ControlError`."""
     from attnctrl.pipelines.settings import entries_of
-
     from attnctrl.presets import PRESETS
     from attnctrl.presets import preset as stack_of
     from attnctrl.scenecheck import nearest

@@ -71,7 +71,6 @@ def layout(
       attnctrl layout "a red circle left, a blue square right" -s "a red circle left" -a 0,0.2,0.45,0.8 -s "a blue square right" -a 0.55,0.2,1,0.8
     """  # noqa: E501
     from attnctrl.pipelines.layout import LayoutPipeline, scene_of
-
     from attnctrl.presets import PRESETS
     from attnctrl.scenecheck import nearest
 

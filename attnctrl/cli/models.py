@@ -40,7 +40,6 @@ def models(form: FormatOption = Format.human) -> None:
 def embedded_models() -> list[dict[str, Any]]:
     """Name, pipeline, size, steps and guidance of each embedded model."""
     from attnctrl.pipelines.models import find_model
-
     from attnctrl.toybox import model_names
 
     found = [find_model(name) for name in model_names()]

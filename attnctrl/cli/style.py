@@ -53,7 +53,6 @@ def style(
       attnctrl style "a red circle" "a blue star" --picture poster.png --picture-prompt "a green heart"
     """
     from attnctrl.pipelines.style import StylePipeline, told_prompts
-
     from attnctrl.presets import PRESETS
     from attnctrl.scenecheck import nearest
 
