@@ -10,7 +10,7 @@ DOCS := $(VENV)/docs.stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all results docs lint format types clean
+.PHONY: help install demo gallery test test-all results docs lint format types clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -30,6 +30,9 @@ install: $(STAMP) ## the virtual environment, with attnctrl in it
 
 demo: $(STAMP) ## without and with control, side by side: out/demo.png
 	@$(BIN)/attnctrl demo
+
+gallery: $(STAMP) ## every method's picture, without and with it: assets/gallery/ (minutes)
+	@$(BIN)/python docs/gallery.py
 
 test: $(STAMP) ## the tests, on all cores (minutes)
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
