@@ -121,6 +121,8 @@ class Engine:
             UnsupportedModelError, SelectionError, ControlError: and then nothing has changed.
         """
         check_model(self.model, self.layers)
+        for control in entry.controls:
+            control.check_model(lambda: identity_of(self.model), self.layers)
         self._rebuild([*self.entries, entry])
         entry.attached = True
         arrived(self, entry)

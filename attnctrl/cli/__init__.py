@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli import bench, check, demo, edit, env, evaluate, generate, invert, maps, replay, subjects
+from attnctrl.cli import bench, check, demo, edit, env, evaluate, generate, heads, invert, maps, replay, subjects
 from attnctrl.cli.output import note, show_warning
 
 FAILED, ASKED_WRONGLY, INTERRUPTED = 1, 2, 130
@@ -36,6 +36,7 @@ app.command("check")(check.check)
 app.command("demo")(demo.demo)
 app.command("maps")(maps.maps)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(heads.app, name="heads")
 app.add_typer(bench.app, name="bench")
 app.command("env")(env.env)
 
