@@ -1,4 +1,4 @@
-"""A set of attention heads: which ones, how strongly, when, for which model, and how they were found. JSON, no pickle."""
+"""A set of attention heads: which ones, how strongly, when, of which model, and how they were found. No pickle."""
 
 from __future__ import annotations
 

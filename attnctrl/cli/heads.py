@@ -110,8 +110,8 @@ def show(
 
       attnctrl heads show heads.json
     """
-    from attnctrl.headset import HeadSet
     from attnctrl.heads.job import scores_of
+    from attnctrl.headset import HeadSet
 
     found = HeadSet.load(file)
     rows = scores_of(found)

@@ -152,9 +152,8 @@ class Perturb(Control):
 
     @property
     def is_idle(self) -> bool:
-        told = [one.heads for one in self.sets] or (
-            list(self.heads.values()) if isinstance(self.heads, Mapping) else [self.heads]
-        )
+        by_layer = self.heads.values() if isinstance(self.heads, Mapping) else [self.heads]
+        told: list[Any] = [one.heads for one in self.sets] or list(by_layer)
         nowhere = self.heads is not None and not any(told)
         return super().is_idle or nowhere or (self.branch == "perturbed" and self.scale == 0)
 
@@ -196,7 +195,7 @@ class Perturb(Control):
 
     def _heads(self, layer: Layer) -> tuple[int, ...] | None:
         if not isinstance(self.heads, Mapping):
-            return None if self.heads is None else tuple(self.heads)
+            return None if self.heads is None else tuple(self.heads)  # type: ignore[arg-type]
         names = _names(layer)
         found = [self.heads[name] for name in names if name in self.heads]
         if not found:
@@ -208,11 +207,8 @@ class Perturb(Control):
 
 
 # readers of signatures would be shown that of __new__
-Perturb.__signature__ = signature(
-    Perturb.__init__
-).replace(  # type: ignore[attr-defined]
-    parameters=[*signature(Perturb.__init__).parameters.values()][1:]
-)
+_fields = signature(Perturb.__init__)
+Perturb.__signature__ = _fields.replace(parameters=[*_fields.parameters.values()][1:])  # type: ignore[attr-defined]
 
 
 def _kind_of(name: str) -> str:

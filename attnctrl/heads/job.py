@@ -100,7 +100,7 @@ class Job:
             raise ControlError(f"Held-out pairs are other ones than those of the search; found {both[0]} in both.")
 
     def estimate(self) -> dict[str, int]:
-        """What it takes from the beginning, see `estimate`; "confirm" and "report" are the rows of these parts at most."""
+        """What it takes from the beginning, see `estimate`; "confirm" and "report": rows of these parts at most."""
         found, plan, sampler = estimate(self.sampler, self.plan), self.plan, self.sampler
         heads = sampler.heads
         layers = len(dict.fromkeys(layer for layer, _ in heads))

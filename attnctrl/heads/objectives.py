@@ -1,6 +1,7 @@
 """Objectives by name, and the pairs that they are measured on.
 
-    toybox           whether the told subjects of the toy world are there, as `attnctrl eval guidance` reads them
+    toybox           share of the toy world's told subjects that are there: "binding" of `attnctrl eval guidance`
+    toybox-fidelity  share of all that is told: shapes, colours, the ground
     clip             torchmetrics' CLIP score (extra `heads`; the weights are fetched at first use)
     unclipped        share of the pixels' channels that are neither 0 nor 1: a guard against oversaturation
     MODULE:FUNCTION  any callable that can be imported: (images [B, 3, h, w] in [0, 1], prompts) -> B numbers
@@ -11,6 +12,7 @@ The last is code that runs: it is taken from the command line and from callers a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -60,9 +62,13 @@ def toybox_pairs(count: int, split: Split = "tune") -> list[Pair]:
     return [Pair(task.prompt, seed) for task, seed in (GUIDANCE.task(split, index) for index in range(count))]
 
 
-def _toybox() -> Score:
+def _toybox(metric: Literal["binding", "fidelity"]) -> Score:
     from ..toybox.suites_guidance import GUIDANCE, Task
 
+    def binding(task: Task, images: Any) -> float:
+        return GUIDANCE.values(task, images, images)["binding"]
+
+    read = {"binding": binding, "fidelity": GUIDANCE.fidelity}[metric]
     tasks: dict[str, Task] = {}
     looked = {"tune": 0, "test": 0}
 
@@ -75,17 +81,14 @@ def _toybox() -> Score:
             tasks.setdefault(task.prompt, task)
         if prompt not in tasks:
             raise ControlError(
-                f"Objective 'toybox' knows what its own prompts tell, and {prompt!r} is none of them. Leave the "
-                "prompts to it, or take another objective."
+                f"Objectives of the toy world know its own prompts, and {prompt!r} is none of them. Leave the "
+                "prompts out, or take another objective."
             )
         return tasks[prompt]
 
     def score(images: Tensor, prompts: Sequence[str]) -> list[float]:
         pixels = (images.movedim(1, -1) * 255).round().byte().cpu().numpy()
-        return [
-            GUIDANCE.values(task_of(prompt), [image], [image])["binding"]
-            for image, prompt in zip(pixels, prompts, strict=True)
-        ]
+        return [read(task_of(prompt), [image]) for image, prompt in zip(pixels, prompts, strict=True)]
 
     return score
 
@@ -125,4 +128,9 @@ def _imported(name: str) -> Score:
     return score
 
 
-_NAMED: Mapping[str, Callable[[], Score]] = {"toybox": _toybox, "clip": _clip, "unclipped": _unclipped}
+_NAMED: Mapping[str, Callable[[], Score]] = {
+    "toybox": partial(_toybox, "binding"),
+    "toybox-fidelity": partial(_toybox, "fidelity"),
+    "clip": _clip,
+    "unclipped": _unclipped,
+}

@@ -146,17 +146,16 @@ class Scorer:
         self._first = pair
         prompts = [pair.prompt] * len(sets)
         columns = {one.name: one(images, prompts, sets) for one in self.objectives}
-        found = {
-            key: {"heads": [list(head) for head in one.heads], "values": {name: columns[name][n] for name in columns}}
-            for n, (key, one) in enumerate(zip(keys, sets, strict=True))
+        values = {
+            # scores under other objectives stay
+            key: {**self.known.get(key, {}), **{name: columns[name][n] for name in columns}}
+            for n, key in enumerate(keys)
         }
-        # scores under other objectives stay
-        for key, one in found.items():
-            one["values"] = {**self.known.get(key, {}), **one["values"]}
         if self.store is not None:
             rows = self.sampler.cost.rows - before
-            _append(self.store, {"prompt": pair.prompt, "seed": pair.seed, "rows": rows, "scores": found})
-        self.known.update({key: one["values"] for key, one in found.items()})
+            scores = {key: {"heads": one.heads, "values": values[key]} for key, one in zip(keys, sets, strict=True)}
+            _append(self.store, {"prompt": pair.prompt, "seed": pair.seed, "rows": rows, "scores": scores})
+        self.known.update(values)
 
     def _tell(self, more: int) -> None:
         self._done += more

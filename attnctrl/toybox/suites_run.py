@@ -83,7 +83,7 @@ class Runner:
     def with_guidance(self, scale: float) -> Runner:
         """The same with another weight of the prompt's branch, see `guidance`."""
         trained = "true_cfg_scale" in signature(type(self.pipe).__call__).parameters
-        return replace(self, **{"true_cfg_scale" if trained else "guidance_scale": scale})
+        return replace(self, true_cfg_scale=scale) if trained else replace(self, guidance_scale=scale)
 
     def with_batch(self, batch: int) -> Runner:
         """The same with `batch` pictures at once."""
