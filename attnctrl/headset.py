@@ -157,12 +157,14 @@ class HeadSet(_Data):
         """The same with other values, checked."""
         return HeadSet(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
-    def scaled(self, strongest: float) -> HeadSet:
-        """The strongest head gets this u, the others in proportion."""
-        top = self.strongest
-        if strongest == top or not isinstance(self.strength, tuple) or not top:
-            return self if strongest == top else self.changed(strength=strongest)
-        return self.changed(strength=tuple(u * strongest / top for u in self.strength))
+    def scaled(self, top: float, wanted: float) -> HeadSet:
+        """A head of strength `top` gets the strength `wanted`, others in proportion; where top is 0, all get it."""
+
+        def moved(u: float) -> float:
+            return wanted if u == top else u * wanted / top
+
+        each = self.strength
+        return self.changed(strength=tuple(map(moved, each)) if isinstance(each, tuple) else moved(each))
 
     def first(self, count: int) -> HeadSet:
         """The `count` heads that were found first, without the record of the search."""

@@ -86,7 +86,8 @@ def test_a_search_writes_a_set_that_works(folder: Path, bright: list[int], call:
     assert (heads.search.pairs, heads.search.settings["steps"], heads.window) == (2, 2, (0.5, 1.0))
     assert [row["name"] for row in result["confirm"]["rows"]][:3] == ["none", "first 1", "first 2"]
     assert result["confirm"]["pairs"] == 4
-    assert result["cost"]["in_all"] == result["cost"]["forwards"]
+    assert result["cost"]["in_all"] + asked["report"] == result["cost"]["forwards"]
+    assert heads.search.forwards == asked["forwards"]
     assert result["cost"]["forwards"] == asked["forwards"] + asked["confirm"] + asked["report"]
     assert sum(bright) == asked["pictures"] + 2 * 2 + 4 * 4
     with Image.open(result["atlas"]) as sheet:

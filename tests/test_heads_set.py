@@ -59,6 +59,9 @@ def test_what_is_given_beside_a_set_comes_first() -> None:
     assert ac.Perturb(heads=one, strength=0.0).is_idle
     assert ac.Perturb(heads=one, scale=0.0).is_idle
     assert ac.Perturb(heads=HeadSet(heads=())).is_idle
+    pair = ac.Perturb(heads=[one, one.changed(heads=[("dual:0", 1)], strength=1.0)])
+    assert [two.strength for two in replace(pair, scale=2.0).sets] == [(0.5, 0.25), 1.0]
+    assert [two.strength for two in ac.Perturb(heads=pair.sets, strength=0.5).sets] == [(0.25, 0.125), 0.5]
     changed = replace(plain, scale=2.0)
     assert (changed.scale, changed.sets[0].strength, changed.window) == (2.0, (0.5, 0.25), (0.0, 0.5))
 
@@ -87,6 +90,17 @@ def test_each_head_has_its_own_strength() -> None:
             assert (out[:, head] - expected[:, head]).abs().max() < 1e-12
     assert HEADS == 4
     assert edit("identity", (0.25, 1.0), heads=(0, 3)).explain() == "identity by 0.25 to 1, heads 0, 3"
+
+
+def test_a_head_alone_is_changed_and_forgets_its_query_at_full_strength() -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = run(edit("identity", (1.0, 0.5), heads=(1, 2)), q, k, v)
+    plain = run(edit("identity", 0.0, heads=(0,)), q, k, v)
+    changed = (out != plain).flatten(2).any(-1).any(0)
+    assert changed.tolist() == [False, True, True, False]
+    for head, reached in enumerate((True, False, True, True)):
+        grads = torch.autograd.grad(out[:, head].square().sum(), (q, k), retain_graph=True)
+        assert [bool(grad.any()) for grad in grads] == [reached, reached]
 
 
 def test_a_set_is_heads_by_layer() -> None:
@@ -128,6 +142,7 @@ def test_a_set_of_another_model_is_refused() -> None:
     with pytest.raises(ac.ControlError, match="another model"):
         ac.processors(other, ac.Perturb(heads=own))
     ac.attach(other, ac.Perturb(heads=own.changed(model=None))).detach()
+    ac.attach(other, ac.Perturb(heads=own, strength=0.0)).detach()
     # in half precision it is the same model
     half = tiny_pipes.sd3()
     half.transformer.to(torch.bfloat16)

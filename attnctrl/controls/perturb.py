@@ -55,7 +55,7 @@ class Perturb(Control):
             the place of `layers`. None means all, and an empty list or mapping is "not there". Also a `HeadSet`, the
             path of a file that holds one, or a list of them, one for each sample of the batch: these say kind,
             strength, scale and window too, unless these are given beside them. A strength that is given is that of the
-            strongest head; the others keep their proportion to it.
+            strongest head of all; the others keep their proportion to it.
         rows: tokens that are perturbed; the others keep their output to the bit.
         block: "row" replaces whole rows of the map; "within" those parts in which the chosen rows read each other, so
             that "identity" leaves to each of them itself and all other tokens.
@@ -112,9 +112,10 @@ class Perturb(Control):
         given: frozenset[str] = self._given  # type: ignore[attr-defined]
         beside = {name: getattr(self, name) for name in ("kind", "scale", "window") if name in given}
         found = [one.changed(**beside) for one in sets]
+        top = max(one.strongest for one in found)
         if "strength" in given:
             self._check_range("strength", 0, 1)
-            found = [one.scaled(self.strength) for one in found]
+            found, top = [one.scaled(top, self.strength) for one in found], self.strength
         told = {(one.kind, one.scale, one.window) for one in found}
         if len(told) > 1:
             raise ControlError(
@@ -127,8 +128,7 @@ class Perturb(Control):
                 f"'{self.name}': a set of heads names the layers; found layers={self.layers!r} too. Leave it out."
             )
         ((kind, scale, window),) = told
-        strength = max(one.strongest for one in found)
-        values = {"kind": kind, "scale": scale, "window": window, "strength": strength, "layers": layers}
+        values = {"kind": kind, "scale": scale, "window": window, "strength": top, "layers": layers}
         for name, value in {**values, "heads": found[0] if len(found) == 1 else tuple(found)}.items():
             object.__setattr__(self, name, value)
 
@@ -158,11 +158,7 @@ class Perturb(Control):
         return super().is_idle or nowhere or (self.branch == "perturbed" and self.scale == 0)
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Perturbation | None:
-        strength: float | tuple[float, ...] = self.strength
-        heads = self._heads(layer)
-        if self.sets:
-            shares = self._shares(layer, situation.line.scene)
-            heads, strength = tuple(shares), tuple(shares.values())
+        heads, strength = self._acting(layer, situation.line.scene)
         if heads == ():
             return None
         frame = situation.frame
@@ -187,11 +183,13 @@ class Perturb(Control):
         within = self.block == "within" and not whole
         return Perturbation(self.kind, strength, heads, spans, pictures, self.sigma, self.temperature, within)
 
-    def _shares(self, layer: Layer, sample: int) -> dict[int, float]:
-        """u of each head that a sample's set has in a layer."""
+    def _acting(self, layer: Layer, sample: int) -> tuple[tuple[int, ...] | None, float | tuple[float, ...]]:
+        """The heads of a layer that are meant in a sample, None for all, and u of all or each of them."""
+        if not self.sets:
+            return self._heads(layer), self.strength
         own = self.sets[sample if len(self.sets) > 1 else 0].shares
         found = {head: u for name in _names(layer) for head, u in own.get(name, {}).items()}
-        return dict(sorted(found.items()))
+        return tuple(sorted(found)), tuple(found[head] for head in sorted(found))
 
     def _heads(self, layer: Layer) -> tuple[int, ...] | None:
         if not isinstance(self.heads, Mapping):

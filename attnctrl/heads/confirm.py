@@ -39,6 +39,7 @@ def best_layer(scorer: Scorer, heads: HeadSet, pairs: Sequence[Pair]) -> HeadSet
         layers.setdefault(layer, []).append((layer, head))
     strength = heads.strongest if isinstance(heads.strength, tuple) else heads.strength
     sets = [heads.changed(heads=tuple(one), strength=strength, search=None) for one in layers.values()]
+    scorer.total += len(sets) * len(pairs)
     table = [scorer.scores(sets, pair) for pair in pairs]
     means = [math.fsum(column) for column in zip(*table, strict=True)]
     return sets[means.index(max(means))]

@@ -116,7 +116,11 @@ class _Run:
             return None
         moment = self.place.moment(arguments, self.scheduler, True)
         acting = active_steps(self.window, moment.sigmas)
-        return moment.step if moment.step is not None and moment.step < min(acting, default=0) else None
+        if moment.step is None or moment.step >= min(acting, default=0):
+            # nothing is common any more, and nobody has to ask again
+            self.window = None
+            return None
+        return moment.step
 
     def _shared(self, arguments: Arguments, latents: Tensor, step: int) -> Any:
         """One row for all copies; the n-th forward of a step is that of the n-th branch."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from ..attach import attach, parts_of
 from ..bank.identity import identity_of
 from ..controls.perturb import Perturb
-from ..errors import ControlError
+from ..errors import ControlError, UnsupportedModelError
 from ..families import family_of
 from ..headset import HeadSet, Kind, number_of_heads
 from ..schedule import active_steps
 from ..select import Layer, Selector, select
+from ..tap import is_compiled
 from .meter import Cost, Meter
 
 if TYPE_CHECKING:
@@ -75,12 +76,18 @@ class PipelineSampler:
         share: run what candidates of a pair have in common once.
 
     Raises:
-        SelectionError, ControlError: for layers that are not there, or without heads.
+        SelectionError, ControlError: for layers that are not there, or in which the kind is not defined.
+        UnsupportedModelError: for a compiled model.
     """
 
     def __init__(self, runner: Runner, layers: Selector = None, kind: Kind = "identity", share: bool = True) -> None:
         self.runner, self.share = runner, share
         model, _ = parts_of(runner.pipe)
+        if is_compiled(model):
+            raise UnsupportedModelError(
+                "Heads are searched on a model that is not compiled: every batch of candidates would be compiled anew. "
+                "Load it without, and compile it for the set that was found."
+            )
         family = family_of(model)
         every = family.layers(model)
         chosen = select(every, layers, family.presets)

@@ -90,26 +90,31 @@ class Scorer:
     budget: int | None = None
     advance: Advance | None = None
     total: int = 0
-    spent_before: int = 0
     known: dict[str, Mapping[str, float]] = field(default_factory=dict)
     _done: int = 0
-    _first: Pair | None = None
+    _last: Pair | None = None
+    _rows: list[int] = field(default_factory=list)
+    _batch: dict[str, int] = field(default_factory=dict)
+    _used: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         names = [one.name for one in self.objectives]
         if not names or len(set(names)) < len(names):
             raise ControlError(f"A search has objectives, each of another name; found {names}.")
         self._context = digest(self.sampler.identity)
-        self._began = self.sampler.cost.rows
-        if self.store is not None:
-            for line in _lines(self.store):
-                self.known.update({key: one["values"] for key, one in line["scores"].items()})
-                self.spent_before += line["rows"]
+        for line in _lines(self.store) if self.store is not None else []:
+            self._learn({key: one["values"] for key, one in line["scores"].items()}, line["rows"])
 
     @property
     def spent(self) -> int:
-        """Rows that ran so far, those of earlier parts of the search included."""
-        return self.spent_before + self.sampler.cost.rows - self._began
+        """Rows that were run for the scores that were asked for so far, by this search or an earlier part of it."""
+        return sum(self._rows[number] for number in self._used)
+
+    def _learn(self, values: Mapping[str, Mapping[str, float]], rows: int) -> None:
+        """Scores of a batch that took so many rows."""
+        self.known.update(values)
+        self._batch.update(dict.fromkeys(values, len(self._rows)))
+        self._rows.append(rows)
 
     def key(self, one: HeadSet, pair: Pair) -> str:
         """Of all that a picture depends on; the order of heads is not among it."""
@@ -128,6 +133,8 @@ class Scorer:
         names = {one.name for one in self.objectives}
         keys = [self.key(one, pair) for one in sets]
         missing = [n for n, key in enumerate(keys) if not names <= self.known.get(key, {}).keys()]
+        new = set(missing)
+        self._used.update(self._batch[key] for n, key in enumerate(keys) if n not in new)
         self._tell(len(sets) - len(missing))
         for part in _parts(missing, self.sampler.batch):
             self._draw([sets[n] for n in part], [keys[n] for n in part], pair)
@@ -135,7 +142,7 @@ class Scorer:
         return [math.fsum(one.weight * self.known[key][one.name] for one in self.objectives) for key in keys]
 
     def _draw(self, sets: Sequence[HeadSet], keys: Sequence[str], pair: Pair) -> None:
-        price = self.sampler.price(sets, pair != self._first)
+        price = self.sampler.price(sets, pair != self._last)
         if self.budget is not None and self.spent + price > self.budget:
             raise BudgetSpentError(
                 f"The budget of {self.budget} forwards is spent: {self.spent} ran, and the next {len(sets)} pictures "
@@ -143,7 +150,7 @@ class Scorer:
             )
         before = self.sampler.cost.rows
         images = self.sampler.draw(pair, sets)
-        self._first = pair
+        self._last = pair
         prompts = [pair.prompt] * len(sets)
         columns = {one.name: one(images, prompts, sets) for one in self.objectives}
         values = {
@@ -151,11 +158,12 @@ class Scorer:
             key: {**self.known.get(key, {}), **{name: columns[name][n] for name in columns}}
             for n, key in enumerate(keys)
         }
+        rows = self.sampler.cost.rows - before
         if self.store is not None:
-            rows = self.sampler.cost.rows - before
             scores = {key: {"heads": one.heads, "values": values[key]} for key, one in zip(keys, sets, strict=True)}
             _append(self.store, {"prompt": pair.prompt, "seed": pair.seed, "rows": rows, "scores": scores})
-        self.known.update(values)
+        self._learn(values, rows)
+        self._used.add(len(self._rows) - 1)
 
     def _tell(self, more: int) -> None:
         self._done += more
