@@ -63,6 +63,18 @@ def test_a_batch_is_what_separate_runs_give_at_the_price_told(
     assert "forward" not in vars(pipeline(family).unet if family == "sd" else pipeline(family).transformer)
 
 
+def test_a_window_over_sigma_costs_no_more_than_told() -> None:
+    """Sigma falls from 1 past 0.9, 0.75 and 0.5: one step acts, two are common."""
+    one = sampler("sd3")
+    weak = [
+        HeadSet(heads=one.heads[:1], window=ac.Sigma(0.8, 0.6)),
+        HeadSet(heads=one.heads[1:2], window=ac.Sigma(0.8, 0.6)),
+    ]
+    images = one.draw(PAIR, weak)
+    assert one.cost.rows == 2 + 2 * 2 + 2 < one.price(weak, True) == 16
+    assert not torch.equal(images[0], images[1])
+
+
 def test_layers_are_counted_with_the_rows() -> None:
     one = sampler("sd3")
     one.draw(PAIR, sets(one, (0.5, 1.0))[1:])

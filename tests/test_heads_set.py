@@ -194,3 +194,14 @@ def test_files_that_are_no_sets(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ac.ControlError, match="is no set of heads"):
             ac.Perturb(heads=path)
+
+
+def test_scenes_hold_sets_and_name_no_files() -> None:
+    from attnctrl.scenecheck import control_problems
+
+    written = {"format": "attnctrl-heads-1", "heads": [["joint:0", 1]], "strength": 0.5}
+    assert control_problems([{"name": "perturb", "heads": written}], False) == []
+    assert control_problems([{"name": "perturb", "heads": [written, written]}], False) == []
+    for wrong in ("heads.json", ["heads.json"], {**written, "strength": 2.0}, {"joint:0": "x"}):
+        (problem,) = control_problems([{"name": "perturb", "heads": wrong}], False)
+        assert problem.key.startswith("controls[0]")

@@ -54,10 +54,6 @@ class Meter:
         self._for: object = None
         self._kept: dict[tuple[int, int], tuple[Tensor, Any]] = {}
 
-    def keeps(self, run: object) -> bool:
-        """Whether the common steps of a run are there."""
-        return self._for == run and bool(self._kept)
-
     @contextmanager
     def watching(self, run: object, copies: int, window: Window | None, scheduler: Any) -> Iterator[None]:
         """Around a pipeline's call.

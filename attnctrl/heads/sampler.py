@@ -17,7 +17,7 @@ from ..controls.perturb import Perturb
 from ..errors import ControlError, UnsupportedModelError
 from ..families import family_of
 from ..headset import HeadSet, Kind, number_of_heads
-from ..schedule import active_steps
+from ..schedule import Sigma, active_steps
 from ..select import Layer, Selector, select
 from ..tap import is_compiled
 from .meter import Cost, Meter
@@ -157,11 +157,12 @@ class PipelineSampler:
         return runner.draw([pair.prompt] * len(sets), [pair.seed] * len(sets), around)
 
     def price(self, sets: Sequence[HeadSet], first: bool) -> int:
-        """See `Sampler`; of one whose pair has been drawn before with the same window."""
+        """See `Sampler`. Windows over sigma are counted as if they were always open: only a run knows its sigmas."""
         if not sets:
             return 0
         steps, branches = self.runner.steps, 2 if self.guided else 1
-        acting = active_steps(sets[0].window, (0.0,) * steps)
+        window = sets[0].window
+        acting = range(steps) if isinstance(window, Sigma) else active_steps(window, (0.0,) * steps)
         common = min(acting) if self.share else 0
         weak = sum(bool(one.heads) for one in sets)
         return branches * (common * first + (steps - common) * len(sets)) + len(acting) * weak
