@@ -7,7 +7,7 @@ row of each guidance branch runs, and the others take over its output; the batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -67,21 +67,30 @@ class Meter:
         if self._for != run:
             self._for, self._kept = run, {}
         model: Any = self.model
-        own = vars(model).get("forward")
-        run_of = _Run(self, model.forward, copies, window, scheduler)
-        handles = [layer.module.register_forward_hook(self._count_layer) for layer in self.layers]
-        model.forward = run_of
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(_standing_in(model, _Run(self, model.forward, copies, window, scheduler)))
+            for layer in self.layers:
+                # no hooks: blocks that have some are not passed over by what replays them
+                stack.enter_context(_standing_in(layer.module, partial(self._counted, layer.module.forward)))
             yield
-        finally:
-            del model.forward
-            if own is not None:
-                model.forward = own
-            for handle in handles:
-                handle.remove()
 
-    def _count_layer(self, _module: nn.Module, _given: Any, out: Any) -> None:
+    def _counted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
         self.cost.layers += len(out[0] if isinstance(out, tuple) else out)
+        return out
+
+
+@contextmanager
+def _standing_in(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """A module's forward is this function, and afterwards what it was."""
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 class _Run:
