@@ -126,7 +126,7 @@ class HeadSet(_Data):
     model: dict[str, str] | None = None
     search: SearchRecord | None = None
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:

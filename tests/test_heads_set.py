@@ -175,6 +175,7 @@ def test_heads_that_a_model_does_not_have_are_refused(heads: Any, message: str) 
         ({"heads": [("a", 0)], "scale": -1.0}, "greater than or equal to 0"),
         ({"heads": [("a", 0)], "kind": "blurr"}, "kind"),
         ({"heads": [("a", 0)], "size": 3}, "size: Extra inputs"),
+        ({"heads": [("a", 0)], "self": 3}, "self: Extra inputs"),
     ],
 )
 def test_sets_that_cannot_be(data: dict[str, Any], message: str, tmp_path: Path) -> None:
