@@ -121,6 +121,10 @@ class Engine:
             UnsupportedModelError, SelectionError, ControlError: and then nothing has changed.
         """
         check_model(self.model, self.layers)
+        identity = functools.cache(functools.partial(identity_of, self.model))
+        for control in entry.controls:
+            if not control.is_idle:
+                control.check_model(identity, self.layers)
         self._rebuild([*self.entries, entry])
         entry.attached = True
         arrived(self, entry)

@@ -57,7 +57,7 @@ def draw_regions(image: Image.Image, regions: Sequence[Region], names: bool = Tr
         else:
             continue
         if names:
-            _tag(pen, corner, region.label, color, size, picture.size)
+            tag(pen, corner, region.label, color, size, picture.size)
     return picture
 
 
@@ -152,8 +152,8 @@ def _edge(inside: np.ndarray, stroke: int) -> np.ndarray:
     return inside & ~core[stroke:-stroke, stroke:-stroke]
 
 
-def _tag(pen: Any, corner: tuple[int, int], text: str, color: Color, size: int, canvas: tuple[int, int]) -> None:
-    """The name on a plate at the corner, moved to stay inside the picture."""
+def tag(pen: Any, corner: tuple[int, int], text: str, color: Color, size: int, canvas: tuple[int, int]) -> None:
+    """A text on a plate at the corner (x, y), moved to stay inside the picture of size (width, height)."""
     text = _fit(text, canvas[0] - 4, size)
     width = round(_font(size).getlength(text)) + 4
     x = max(0, min(corner[0], canvas[0] - width))

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from attnctrl.region import Region
 
 REGIONS = "regions"  # the parameter of controls that a scene fills with its own subjects
-_AS_WRITTEN: dict[str, Any] = {"window": list[float] | dict[str, list[float]], "layers": str | list[str] | None}
+_AS_WRITTEN: dict[str, Any] = {
+    "window": list[float] | dict[str, list[float]],
+    "layers": str | list[str] | None,
+    # of every layer, by layer, or a set of heads as its file has it
+    "heads": list[int] | dict[str, Any] | list[dict[str, Any]] | None,
+}
 """Parameters whose form in a document differs from their Python type."""
 
 

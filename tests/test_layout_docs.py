@@ -127,3 +127,17 @@ def test_the_story_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     ]  # fmt: skip
     told = load_story(ROOT / "examples" / "story.yaml")
     assert (told.characters, told.pictures, told.seed) == (names["CAST"], names["PANELS"], 4)
+
+
+def test_the_page_of_heads_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("heads.md"):
+        exec(block, names)
+    assert len(names["heads"].heads) == 2
+    assert names["softer"].sets[0].strength == 0.5
+    assert [row["name"] for row in names["told"]["rows"]] == ["none", "first 1", "first 2"]
+    page = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    from attnctrl.heads import rungs
+
+    assert f"{sum(size * (pairs - before) for (size, pairs), before in zip(rungs(576, 5, 3), (0, 1, 2, 3), strict=True))} pictures" in page

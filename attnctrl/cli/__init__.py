@@ -22,6 +22,7 @@ from attnctrl.cli import (
     evaluate,
     explain,
     generate,
+    heads,
     invert,
     layout,
     maps,
@@ -55,6 +56,7 @@ app.command("models")(models.models)
 app.command("demo")(demo.demo)
 app.command("maps")(maps.maps)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(heads.app, name="heads")
 app.add_typer(bench.app, name="bench")
 app.command("env")(env.env)
 

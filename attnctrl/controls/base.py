@@ -12,6 +12,7 @@ from ..call import Blend, Probe, Situation
 from ..content import Content, Places
 from ..errors import ControlError
 from ..guidance import Guide
+from ..headset import HeadSet
 from ..layout import Span
 from ..output import Output
 from ..region import Overlap, Region
@@ -160,6 +161,18 @@ class Control:
         if self.recalls is not None:
             self.recalls.check(model, moment, branch)
 
+    def check_model(self, identity: Callable[[], Mapping[str, str]], layers: Sequence[Layer]) -> None:
+        """Whether it can go on a model.
+
+        Args:
+            identity: () -> which model it is, see `attnctrl.bank.identity`.
+            layers: all attention layers of it.
+
+        Raises:
+            ControlError: when it cannot.
+        """
+        return None
+
     @property
     def names_branches(self) -> bool:
         """It must know of each row which guidance branch it is, also with branch="all"."""
@@ -209,6 +222,8 @@ class Control:
             values["window"] = window_from_json(values["window"])
         if values.get("regions") is not None:
             values["regions"] = _regions_from_json(values["regions"])
+        if isinstance(values.get("heads"), str):
+            raise ControlError(f"'{name}': a document holds a set of heads itself; give the file of one in code.")
         return cls(**values)
 
     def _check_range(self, field: str, low: float, high: float, *, open_end: bool = False) -> None:
@@ -249,7 +264,7 @@ def _nearest(word: str, known: Any) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, Region):
+    if isinstance(value, Region | HeadSet):
         return value.to_dict()
     if isinstance(value, tuple | list):
         return [_to_json(item) for item in value]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from inspect import signature
+from os import PathLike
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,16 +20,16 @@ from ..call import Situation
 from ..errors import ControlError
 from ..execute import as_bias
 from ..guidance import Guide
+from ..headset import HeadSet, Kind, is_written_set
 from ..output import Executed
 from ..select import Layer
-from .base import Branch, Control
+from .base import Branch, Control, Scenes
 
 __all__ = ["Block", "Heads", "Kind", "Perturb", "Rows"]
 
-Kind = Literal["identity", "uniform", "mean_query", "blur", "temperature", "max", "slerp"]
 Rows = Literal["all", "image", "text", "reference"]
 Block = Literal["row", "within"]
-Heads = Sequence[int] | Mapping[str, Sequence[int]] | None
+Heads = Sequence[int] | Mapping[str, Sequence[int]] | HeadSet | Sequence[HeadSet] | str | PathLike[str] | None
 
 _OWN: tuple[Kind, ...] = ("identity", "slerp")
 """Kinds that need a value of each query's own."""
@@ -50,7 +52,10 @@ class Perturb(Control):
             "temperature", softmax of scores / temperature; "max", the strongest key alone; "slerp", the way from A to
             the identity along the arc between distributions.
         heads: numbers of heads, the same in all layers; or numbers by layer, named by its own name or as "stack:3", in
-            the place of `layers`. None means all, and an empty list or mapping is "not there".
+            the place of `layers`. None means all, and an empty list or mapping is "not there". Also a `HeadSet`, the
+            path of a file that holds one, or a list of them, one for each sample of the batch: these say kind,
+            strength, scale and window too, unless these are given beside them. A strength that is given is that of the
+            strongest head of all; the others keep their proportion to it.
         rows: tokens that are perturbed; the others keep their output to the bit.
         block: "row" replaces whole rows of the map; "within" those parts in which the chosen rows read each other, so
             that "identity" leaves to each of them itself and all other tokens.
@@ -73,8 +78,16 @@ class Perturb(Control):
     rescale: float = field(default=0.0, kw_only=True)
     branch: Branch = field(default="perturbed", kw_only=True)
 
+    def __new__(cls, *args: Any, **given: Any) -> Perturb:
+        """Notes which arguments are given: a set of heads says the others."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", frozenset({*given, *(["kind"] if args else [])}))
+        return made
+
     def __post_init__(self) -> None:
-        if isinstance(self.heads, Mapping):
+        if sets := _sets_of(self.heads):
+            self._take(sets)
+        elif isinstance(self.heads, Mapping):
             if self.layers is not None and tuple(self.layers) != tuple(self.heads):
                 raise ControlError(
                     f"'{self.name}': heads by layer name the layers; found layers={self.layers!r} too. Leave it out."
@@ -82,7 +95,7 @@ class Perturb(Control):
             object.__setattr__(self, "heads", {key: _numbers(heads) for key, heads in self.heads.items()})
             object.__setattr__(self, "layers", tuple(self.heads))
         elif self.heads is not None:
-            object.__setattr__(self, "heads", _numbers(self.heads))
+            object.__setattr__(self, "heads", _numbers(self.heads))  # type: ignore[arg-type]
         super().__post_init__()
         for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block)):
             self._check_choice(choice, known)
@@ -94,19 +107,58 @@ class Perturb(Control):
         if self.kind == "blur" and self.rows == "text":
             raise ControlError(f"'{self.name}': 'blur' smooths over a picture; rows='text' have none.")
 
+    def _take(self, sets: Sequence[HeadSet]) -> None:
+        """What sets of heads say, and what is given beside them."""
+        given: frozenset[str] = self._given  # type: ignore[attr-defined]
+        beside = {name: getattr(self, name) for name in ("kind", "scale", "window") if name in given}
+        found = [one.changed(**beside) for one in sets]
+        top = max(one.strongest for one in found)
+        if "strength" in given:
+            self._check_range("strength", 0, 1)
+            found, top = [one.scaled(top, self.strength) for one in found], self.strength
+        told = {(one.kind, one.scale, one.window) for one in found}
+        if len(told) > 1:
+            raise ControlError(
+                "'perturb': sets of heads of one control have one kind, scale and window; found "
+                f"{' and '.join(map(str, sorted(told, key=str)))}. Give these beside the sets, or a control to each."
+            )
+        layers = tuple(dict.fromkeys(name for one in found for name in one.shares))
+        if self.layers is not None and tuple(self.layers) != layers:
+            raise ControlError(
+                f"'{self.name}': a set of heads names the layers; found layers={self.layers!r} too. Leave it out."
+            )
+        ((kind, scale, window),) = told
+        values = {"kind": kind, "scale": scale, "window": window, "strength": top, "layers": layers}
+        for name, value in {**values, "heads": found[0] if len(found) == 1 else tuple(found)}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def sets(self) -> tuple[HeadSet, ...]:
+        """Sets of heads, one for all samples or one for each; () where heads are told otherwise."""
+        return _sets_of(self.heads)
+
+    @property
+    def scenes(self) -> Scenes:
+        # no regions, but samples that are told apart
+        return ((),) * len(self.sets) if len(self.sets) > 1 else ()
+
+    def check_model(self, identity: Callable[[], Mapping[str, str]], layers: Sequence[Layer]) -> None:
+        for one in self.sets:
+            one.check_model(identity, layers)
+
     @property
     def guide(self) -> Guide | None:
         return Guide(self.scale, self.rescale, self.window) if self.branch == "perturbed" else None
 
     @property
     def is_idle(self) -> bool:
-        nowhere = self.heads is not None and not (
-            any(self.heads.values()) if isinstance(self.heads, Mapping) else self.heads
-        )
+        by_layer = self.heads.values() if isinstance(self.heads, Mapping) else [self.heads]
+        told: list[Any] = [one.heads for one in self.sets] or list(by_layer)
+        nowhere = self.heads is not None and not any(told)
         return super().is_idle or nowhere or (self.branch == "perturbed" and self.scale == 0)
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Perturbation | None:
-        heads = self._heads(layer)
+        heads, strength = self._acting(layer, situation.line.scene)
         if heads == ():
             return None
         frame = situation.frame
@@ -129,12 +181,20 @@ class Perturb(Control):
         spans = None if whole else tuple((item.start, item.stop) for item in chosen)
         # where all tokens are chosen, nothing is outside
         within = self.block == "within" and not whole
-        return Perturbation(self.kind, self.strength, heads, spans, pictures, self.sigma, self.temperature, within)
+        return Perturbation(self.kind, strength, heads, spans, pictures, self.sigma, self.temperature, within)
+
+    def _acting(self, layer: Layer, sample: int) -> tuple[tuple[int, ...] | None, float | tuple[float, ...]]:
+        """The heads of a layer that are meant in a sample, None for all, and u of all or each of them."""
+        if not self.sets:
+            return self._heads(layer), self.strength
+        own = self.sets[sample if len(self.sets) > 1 else 0].shares
+        found = {head: u for name in _names(layer) for head, u in own.get(name, {}).items()}
+        return tuple(sorted(found)), tuple(found[head] for head in sorted(found))
 
     def _heads(self, layer: Layer) -> tuple[int, ...] | None:
         if not isinstance(self.heads, Mapping):
-            return None if self.heads is None else tuple(self.heads)
-        names = (layer.name, f"{layer.stack}:{layer.index}")
+            return None if self.heads is None else tuple(self.heads)  # type: ignore[arg-type]
+        names = _names(layer)
         found = [self.heads[name] for name in names if name in self.heads]
         if not found:
             raise ControlError(
@@ -144,9 +204,31 @@ class Perturb(Control):
         return tuple(sorted({head for heads in found for head in heads}))
 
 
+# readers of signatures would be shown that of __new__
+_fields = signature(Perturb.__init__)
+Perturb.__signature__ = _fields.replace(parameters=[*_fields.parameters.values()][1:])  # type: ignore[attr-defined]
+
+
 def _kind_of(name: str) -> str:
     """What tokens of a range are; learned tokens that fill up a text or a picture are neither."""
     return "register" if name.endswith("registers") else name.partition(".")[0]
+
+
+def _names(layer: Layer) -> tuple[str, str]:
+    """The names by which heads may call their layer."""
+    return layer.name, f"{layer.stack}:{layer.index}"
+
+
+def _sets_of(heads: Any) -> tuple[HeadSet, ...]:
+    """The sets of heads that are meant, read from their files; () for other ways to tell heads."""
+    listed = heads if isinstance(heads, list | tuple) and heads else [heads]
+    if not all(isinstance(one, HeadSet | str | PathLike) or is_written_set(one) for one in listed):
+        return ()
+    return tuple(one if isinstance(one, HeadSet) else _read(one) for one in listed)
+
+
+def _read(one: Any) -> HeadSet:
+    return HeadSet(**one) if isinstance(one, Mapping) else HeadSet.load(one)
 
 
 def _numbers(heads: Sequence[int]) -> tuple[int, ...]:
@@ -158,6 +240,7 @@ class Perturbation:
     """The output of a layer's call under `Perturb`; rows and heads that are not meant keep theirs.
 
     Attributes:
+        strength: of all heads, or of each of `heads`.
         heads: numbers; None for all.
         spans: tokens [start, stop) of the queries; None for all.
         pictures: those among them that are pictures.
@@ -165,7 +248,7 @@ class Perturbation:
     """
 
     kind: Kind
-    strength: float
+    strength: float | tuple[float, ...]
     heads: tuple[int, ...] | None
     spans: tuple[tuple[int, int], ...] | None
     pictures: tuple[forms.Picture, ...]
@@ -192,7 +275,9 @@ class Perturbation:
         """Kind, strength, heads and tokens."""
         heads = "" if self.heads is None else f", heads {', '.join(map(str, self.heads))}"
         tokens = "" if self.spans is None else f", tokens {', '.join(f'{a}-{b - 1}' for a, b in self.spans)}"
-        return f"{self.kind} by {self.strength:g}{' within' if self.within else ''}{heads}{tokens}"
+        each = self.strength if isinstance(self.strength, tuple) else (self.strength,)
+        by = " to ".join(f"{u:g}" for u in dict.fromkeys((min(each), max(each))))
+        return f"{self.kind} by {by}{' within' if self.within else ''}{heads}{tokens}"
 
     def tokens(self, call: Executed) -> Tensor:
         """int64 [n]: the queries that are meant."""
@@ -201,7 +286,8 @@ class Perturbation:
 
     def _share(self, call: Executed) -> Tensor | float:
         """The strength of each row of each head, broadcastable to [B, H, N, 1]."""
-        along = _arc(self, call) if self.kind == "slerp" else self.strength
+        strength = self._strengths(call)
+        along = _arc(call, strength) if self.kind == "slerp" else strength
         if self.heads is None and self.spans is None:
             return along
         _, heads, tokens, _ = call.query.shape
@@ -211,13 +297,22 @@ class Perturbation:
                 share[:, head, start:stop] = 1
         return share * along
 
+    def _strengths(self, call: Executed) -> Tensor | float:
+        """u of all heads, or [1, H, 1, 1] with that of each; heads that are not meant have none."""
+        if not isinstance(self.strength, tuple):
+            return self.strength
+        found = forms.exact(call.query).new_zeros(1, call.query.shape[1], 1, 1)
+        for head, u in zip(self.heads or (), self.strength, strict=True):
+            found[:, head] = u
+        return found
+
 
 def _bias(call: Executed) -> Tensor | None:
     return None if call.mask is None else as_bias(call.mask, forms.exact(call.query).dtype)
 
 
-def _arc(one: Perturbation, call: Executed) -> Tensor:
-    return forms.geodesic_strength(call.query, call.key, _bias(call), call.scale, one.strength)
+def _arc(call: Executed, strength: Tensor | float) -> Tensor:
+    return forms.geodesic_strength(call.query, call.key, _bias(call), call.scale, strength)
 
 
 def _own(one: Perturbation, call: Executed) -> Tensor:

@@ -75,6 +75,16 @@ class Runner:
         token = 2 * self.pipe.vae_scale_factor
         return self.size[1] // token, self.size[0] // token
 
+    def guidance(self, pipe: Any) -> float:
+        """Weight of the prompt's branch of a pipeline against that of the negative prompt, which runs above 1."""
+        trained = "true_cfg_scale" in signature(type(pipe).__call__).parameters
+        return self.true_cfg_scale if trained else self.guidance_scale
+
+    def with_guidance(self, scale: float) -> Runner:
+        """The same with another weight of the prompt's branch, see `guidance`."""
+        trained = "true_cfg_scale" in signature(type(self.pipe).__call__).parameters
+        return replace(self, true_cfg_scale=scale) if trained else replace(self, guidance_scale=scale)
+
     def with_batch(self, batch: int) -> Runner:
         """The same with `batch` pictures at once."""
         return replace(self, batch=batch)
@@ -107,7 +117,7 @@ class Runner:
             stop = min(start + self.batch, len(prompts))
             pipe = self.pipe if showing is None else showing(start, stop)
             accepted = signature(type(pipe).__call__).parameters
-            scale = self.true_cfg_scale if "true_cfg_scale" in accepted else self.guidance_scale
+            scale = self.guidance(pipe)
             part = list(prompts[start:stop])
             arguments: dict[str, Any] = {
                 "prompt": part,
