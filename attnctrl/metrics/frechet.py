@@ -32,4 +32,7 @@ def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
 def _factor(features: np.ndarray) -> np.ndarray:
     """A matrix [min(N, D), D] whose product with itself, A^T A, is the covariance of a sample [N, D]."""
     centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    return np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
+    if len(centred) <= centred.shape[1]:
+        return centred
+    triangle: np.ndarray = np.linalg.qr(centred, mode="r")
+    return triangle
