@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Reposition,
         Share,
         ShareStyle,
+        Skip,
     )
     from .errors import (
         AssetError,
@@ -95,6 +96,7 @@ __all__ = [
     "SharedAttnProcessor",
     "Sigma",
     "SilentControlError",
+    "Skip",
     "UnsupportedModelError",
     "attach",
     "explain",
@@ -125,6 +127,7 @@ _HOMES = {
         "Reposition",
         "Share",
         "ShareStyle",
+        "Skip",
     ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),

@@ -72,12 +72,15 @@ def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_page_of_perturbed_attention_runs() -> None:
     names: dict = {}
-    first, second = blocks("perturb.md")
+    first, second, third = blocks("perturb.md")
     exec(first, names)
     [told] = names["handle"].report().controls
     assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
     exec(second, names)
     assert names["handle"].report().forwards == 2 * 3
+    exec(third, names)
+    [told] = names["handle"].report().controls
+    assert (told.name, told.acted, told.steps) == ("skip", "mid.self:0", (0, 1))
 
 
 def test_the_page_of_sharing_runs() -> None:

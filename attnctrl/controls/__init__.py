@@ -12,6 +12,7 @@ from .perturb import Perturb
 from .region import OpenTexts, Regions
 from .reposition import Reposition
 from .sharing import Share
+from .skip import Skip
 from .style import ShareStyle
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "Reposition",
     "Share",
     "ShareStyle",
+    "Skip",
 ]

@@ -21,6 +21,7 @@ from ..select import Layer, Selector
 from ..sources import Move
 from ..visibility import Visibility
 from ..watch import View
+from ..wraps import Site, Wrap
 
 __all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
 
@@ -40,8 +41,8 @@ class Control:
     Attributes:
         layers: selector of attention layers (see `attnctrl.select`); None means all.
         window: when to act: (start, stop) of the denoising progress in [0, 1], or `Sigma(high, low)`.
-        branch: guidance branch to act in; "all" acts in every one. "perturbed" are those that `Perturb` opens, in which
-            controls of "cond" act as well.
+        branch: guidance branch to act in; "all" acts in every one. "perturbed" are those that `Perturb` and
+            `Skip` open, in which controls of "cond" act as well.
         strength: in [0, 1]; 0 is "not there".
 
     Raises:
@@ -63,6 +64,8 @@ class Control:
     """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
+    wraps: ClassVar[bool] = False
+    """It goes around whole modules, see `wrap`."""
     in_documents: ClassVar[bool] = True
     """It can be told by a document; otherwise it takes what only code can give."""
 
@@ -131,6 +134,10 @@ class Control:
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
+        return None
+
+    def wrap(self, site: Site) -> Wrap | None:
+        """What it puts around a selected layer or its block in the forward that begins; None leaves them alone."""
         return None
 
     @property
