@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .attach import Handle, attach
     from .bank import Bank
     from .controls import (
+        NAG,
         Control,
         GroupIsolation,
         Harmonize,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .schedule import Sigma
 
 __all__ = [
+    "NAG",
     "AssetError",
     "AttnCtrlError",
     "Bank",
@@ -114,6 +116,7 @@ _HOMES = {
     "attach": ("Handle", "attach"),
     "bank": ("Bank",),
     "controls": (
+        "NAG",
         "Control",
         "GroupIsolation",
         "Harmonize",

@@ -72,7 +72,7 @@ def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_page_of_perturbed_attention_runs() -> None:
     names: dict = {}
-    first, second, third = blocks("perturb.md")
+    first, second, third, fourth = blocks("perturb.md")
     exec(first, names)
     [told] = names["handle"].report().controls
     assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
@@ -81,6 +81,9 @@ def test_the_page_of_perturbed_attention_runs() -> None:
     exec(third, names)
     [told] = names["handle"].report().controls
     assert (told.name, told.acted, told.steps) == ("skip", "mid.self:0", (0, 1))
+    exec(fourth, names)
+    [told] = names["handle"].report().controls
+    assert (told.name, told.rows, names["handle"].report().forwards) == ("nag", (("cond", 0),), 2)
 
 
 def test_the_page_of_sharing_runs() -> None:

@@ -8,6 +8,7 @@ from .inject import Inject
 from .isolation import Isolate
 from .keep import Keep
 from .lamic import GroupIsolation, RegionModulation
+from .nag import NAG
 from .perturb import Perturb
 from .region import OpenTexts, Regions
 from .reposition import Reposition
@@ -17,6 +18,7 @@ from .style import ShareStyle
 
 __all__ = [
     "CONTROLS",
+    "NAG",
     "Control",
     "GroupIsolation",
     "Harmonize",

@@ -56,6 +56,8 @@ class Control:
     """Of a document's regions: this control declares them for the whole stack."""
     appends_text: ClassVar[bool] = False
     """The texts of its regions are appended to the model's text sequence while the control acts."""
+    placeless: ClassVar[bool] = False
+    """The texts of its regions belong to no place: they hold no token of the picture, and are lent to nobody."""
     shares: ClassVar[bool] = False
     """Rows read keys and values of other pictures while it acts, see `reads` and `recalls`."""
     follows: ClassVar[bool] = False
@@ -113,6 +115,10 @@ class Control:
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         """Its part in the visibility stage for the regions `own`; None leaves the stage alone."""
+        return None
+
+    def contrast(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        """What takes the place of its `visibility` in a second execution, which its output gets by `under`."""
         return None
 
     def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
