@@ -37,7 +37,9 @@ class Due:
         for number, seat in enumerate(seats):
             acts = {name: act for name, (act, on) in self.acts.items() if number in on}
             done = {name: act.explained for name, act in acts.items() if name not in missed}
-            done |= {one.layer: frozenset([one.wrap.explain]) for one in self.wraps if one.seat == number}
+            told = (one for one in self.wraps if one.seat == number and one.wrap.explain)
+            told = (one for one in self.wraps if one.seat == number and one.wrap.explain)
+            done |= {one.layer: frozenset([one.wrap.explain]) for one in told}
             if not done:
                 seat.skipped += bool(acts)
                 continue

@@ -36,8 +36,9 @@ __all__ = ["Engine", "Entry", "engine_of"]
 
 _SEAT = "_attnctrl_engine"
 _SHARED = (
-    "The model's cache keeps one output of a layer for all guidance branches, which these controls tell apart: it is "
-    "emptied before each forward and saves nothing."
+    "The model's cache keeps one output of a layer for all guidance branches, and these have forwards of their own: "
+    "it is emptied between them and saves nothing. Use attnctrl.Reuse, which keeps them apart, or a cache of blocks "
+    "such as first-block."
 )
 
 
@@ -109,7 +110,7 @@ class Engine:
         self._owner: list[Entry] = []
         self._place = Place(self.family)
         self._guidance = Guidance(self.family, self.model)
-        self._wraps = Wraps(self.family, model, self.layers)
+        self._wraps = Wraps(self.family, model, self.layers, self.tap.shares_caches)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
         self._pending: Due | None = None
         self._warned: set[str] = set()
@@ -184,6 +185,7 @@ class Engine:
             return None
         # a perturbed forward stands where the one stands that it belongs to
         step = self._guidance.further or self._step(arguments)
+        self._wraps.kept.age(self._place.run, step.moment.step)
         watching = {name: self.stack.active(step.moment, name, observing=True) for name in step.active}
         self._note(step.branches, (present, *step.active.values()))
         if not any(step.active.values()) and not any(watching.values()):
@@ -219,7 +221,7 @@ class Engine:
             SilentControlError: when a layer with an act called no kernel.
         """
         pending, self._pending = self._pending, None
-        self._wraps.take()
+        self._wraps.take(finished)
         if not finished:
             return
         for entry in self.entries:
@@ -286,7 +288,7 @@ class Engine:
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})
-        wraps = self._wraps.put(self.stack.seats, [seats for _, seats in acting], present)
+        wraps = self._wraps.put(self.stack, acting, variants, acts, arguments, moment, self._place.run, present)
         over = frozenset(name for one in wraps for name in one.wrap.over)
         left_out = perturbed | over | {layer.name for layer in self.layers if layer.index in skipped}
         took_part = [(row, (*on, *eyes)) for (row, on), eyes in zip(acting, watching, strict=True)]
@@ -351,19 +353,20 @@ class Engine:
     def _note(self, branches: Branches, acting: tuple[Any, ...]) -> None:
         """What a cache kept of other controls must not stand in for this forward's."""
         before, self._acted[branches] = self._acted.get(branches, acting), acting
-        last, self._last = self._last, acting
+        last, self._last = self._last, (branches, acting)
         if before != acting:
             self.tap.reset_caches()
-        elif last not in (None, acting) and self.tap.shares_caches():
+        elif last not in (None, self._last) and self.tap.shares_caches():
             self.tap.reset_caches()
             if _SHARED not in self._warned:
                 self._warned.add(_SHARED)
-                warnings.warn(f"{_SHARED} Use branch='all', or a cache of blocks such as first-block.", stacklevel=2)
+                warnings.warn(_SHARED, stacklevel=2)
 
     def _forget(self) -> None:
         """What caches keep is of other controls than those to come."""
         self._acted, self._last = {}, None
         self.__dict__.pop("_identity", None)
+        self._wraps.kept.clear()
         self.tap.reset_caches()
 
     def _warn_of_masks(self, acts: Acts) -> None:

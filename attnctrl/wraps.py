@@ -1,4 +1,4 @@
-"""What controls put around whole modules of a model for one forward: blocks and attentions that are left out.
+"""What controls put around whole modules of a model for one forward: what is left out, and outputs that are kept.
 
 A wrap stands where a module has its `forward`, from the beginning of a forward of the model to its end, around whatever
 stands there already. The module's own hooks run as ever.
@@ -6,21 +6,27 @@ stands there already. The module's own hooks run as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from .call import Row
 from .errors import ControlError, UnsupportedModelError
+from .layout import Frames
+from .reuse import Kept, Part
+from .schedule import Moment
 from .select import Layer
 from .tap import is_compiled
 
 if TYPE_CHECKING:
     from .families import Family
-    from .stack import Presence, Seat
+    from .stack import Acts, Presence, Seat, Stack
+    from .variants import Variant
 
-__all__ = ["Site", "Wrap", "Wrapped", "Wraps"]
+__all__ = ["Now", "Site", "Wrap", "Wrapped", "Wraps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,29 @@ class Site:
     fused: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Now:
+    """A forward that begins, as controls that go around modules are told of it.
+
+    Attributes:
+        moment: where it stands in the run.
+        timestep: the same in the scheduler's unit.
+        run: the same object for all forwards of one run.
+        parts: its batch by guidance branch.
+        frames: token ranges of the first row.
+        watched: names of the layers that are recorded.
+        kept: outputs of earlier steps.
+    """
+
+    moment: Moment
+    timestep: float
+    run: Any
+    parts: tuple[Part, ...]
+    frames: Frames
+    watched: frozenset[str]
+    kept: Kept
+
+
 class Wrap(NamedTuple):
     """What goes around a module.
 
@@ -49,7 +78,7 @@ class Wrap(NamedTuple):
         module: the module.
         function: (its forward, *arguments) -> what it returns.
         over: names of the layers that what other controls do in them is lost of.
-        explain: one line for reports.
+        explain: one line for reports; "" for what changes nothing in this forward.
     """
 
     module: nn.Module
@@ -73,10 +102,19 @@ class Wraps:
         family: of the model.
         model: the denoiser.
         layers: its attention layers.
+        shares: () -> whether a cache of diffusers keeps outputs of attention for all guidance branches alike.
+
+    Attributes:
+        kept: outputs of earlier steps.
     """
 
-    def __init__(self, family: Family, model: nn.Module, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, family: Family, model: nn.Module, layers: Sequence[Layer], shares: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.family = family
         self.model = model
+        self.kept = Kept()
+        self._shares = shares
         blocks = {layer.name: layer.name.rpartition(".")[0] for layer in layers}
         self._sites = {
             layer.name: Site(
@@ -90,44 +128,91 @@ class Wraps:
         }
         self._placed: list[tuple[nn.Module, Any, Any]] = []
 
-    def put(self, seats: Sequence[Seat], acting: Sequence[Sequence[int]], present: Presence) -> list[Wrapped]:
+    def put(
+        self,
+        stack: Stack,
+        acting: Sequence[tuple[Row, tuple[int, ...]]],
+        variants: Sequence[Variant],
+        acts: Acts,
+        arguments: Mapping[str, Any],
+        moment: Moment,
+        run: Any,
+        present: Presence,
+    ) -> list[Wrapped]:
         """Put what seats want around modules in the forward that begins, until `take`.
 
         Args:
-            seats: of the stack.
-            acting: of each row, the numbers of the seats that act.
+            stack: of controls on the model.
+            acting: rows of the batch, each with the numbers of its seats.
+            variants: of each row.
+            acts: by layer, what hangs there.
+            arguments: of the forward.
+            moment: where it stands in the run, which `run` stands for.
             present: by seat, the layers that its processors sit on; None for all.
 
         Raises:
-            ControlError: when one acts in some rows of the batch alone.
+            ControlError: when one acts in some rows of the batch alone, or two keep outputs of one layer.
             UnsupportedModelError: when the model is compiled.
         """
-        numbers = [n for n in dict.fromkeys(n for seats_of in acting for n in seats_of) if seats[n].control.wraps]
-        found = [one for number in numbers for one in self._asked(number, seats[number], acting, present[number])]
-        if found and is_compiled(self.model):
+        due = dict.fromkeys(n for _, on in acting for n in on if stack.seats[n].control.wraps)
+        if not due:
+            return []
+        numbers = sorted(due, key=lambda n: stack.seats[n].control.keeps)
+        first = stack.seats[numbers[0]].control.name
+        if is_compiled(self.model):
             raise UnsupportedModelError(
-                f"'{seats[found[0].seat].control.name}' goes around whole modules, and compiled code does not see it. "
-                "Use it before the model or its blocks are compiled, or on a copy that is not."
+                f"'{first}' goes around whole modules, and compiled code does not see it. Use it before the model or "
+                "its blocks are compiled, or on a copy that is not."
             )
+        latents = arguments[self.family.hidden][0]
+        now = Now(
+            moment,
+            float(self.family.timestep(dict(arguments)).reshape(-1)[0]),
+            run,
+            _parts(stack, [row for row, _ in acting], variants, (latents.dtype, latents.device)),
+            variants[0].frames,
+            frozenset(name for name, (act, _) in acts.items() if act.probes),
+            self.kept,
+        )
+        found: list[Wrapped] = []
+        for number in numbers:
+            found += self._asked(number, stack.seats[number], acting, present[number], now, found)
         for one in found:
             self._place(one.wrap)
         return found
 
     def _asked(
-        self, number: int, seat: Seat, acting: Sequence[Sequence[int]], there: frozenset[str] | None
+        self,
+        number: int,
+        seat: Seat,
+        acting: Sequence[tuple[Row, tuple[int, ...]]],
+        there: frozenset[str] | None,
+        now: Now,
+        before: Sequence[Wrapped],
     ) -> list[Wrapped]:
-        rows = [number in seats for seats in acting]
+        control, rows = seat.control, [number in on for _, on in acting]
         if not all(rows):
             raise ControlError(
-                f"'{seat.control.name}' goes around whole modules, and acts in {sum(rows)} of {len(rows)} rows of this "
-                f"batch alone (branch '{seat.control.branch}'). Give it branch='all', or a branch of its own."
+                f"'{control.name}' goes around whole modules, and acts in {sum(rows)} of {len(rows)} rows of this "
+                f"batch alone (branch '{control.branch}'). Give it branch='all', or a branch of its own."
             )
+        if control.keeps and self._shares():
+            raise ControlError(
+                f"'{control.name}' keeps outputs of attention, and so does a cache of diffusers on this model (pyramid "
+                "attention broadcast or FasterCache), which takes those of one guidance branch for another's. Call "
+                "model.disable_cache()."
+            )
+        over = frozenset(name for one in before for name in one.wrap.over) if control.keeps else frozenset()
+        kept = {one.wrap.module for one in before if control.keeps}
         met: dict[nn.Module, Wrapped] = {}
         for name, site in self._sites.items():
-            if name in seat.layers and (there is None or name in there):
-                wrap = seat.control.wrap(site)
-                if wrap is not None:
-                    met.setdefault(wrap.module, Wrapped(number, name, wrap))
+            if name not in seat.layers or name in over or not (there is None or name in there):
+                continue
+            wrap = control.wrap(site, now)
+            if wrap is not None and wrap.module in kept:
+                raise ControlError(f"Two '{control.name}' keep outputs of {name}; give them layers of their own.")
+            if wrap is not None:
+                met.setdefault(wrap.module, Wrapped(number, name, wrap))
         return list(met.values())
 
     def _place(self, wrap: Wrap) -> None:
@@ -139,8 +224,10 @@ class Wraps:
         self._placed.append((module, around, module.__dict__.get("forward")))
         module.__dict__["forward"] = around
 
-    def take(self) -> None:
-        """Leave all modules as they were, also after an exception."""
+    def take(self, finished: bool) -> None:
+        """Leave all modules as they were; when a forward was not `finished`, nothing is kept of its run."""
+        if not finished:
+            self.kept.clear()
         for module, around, before in reversed(self._placed):
             if module.__dict__.get("forward") is not around:
                 continue
@@ -149,3 +236,14 @@ class Wraps:
             else:
                 module.__dict__["forward"] = before
         self._placed = []
+
+
+def _parts(stack: Stack, rows: Sequence[Row], variants: Sequence[Variant], kind: tuple[Any, ...]) -> tuple[Part, ...]:
+    """A batch by guidance branch; rows of one branch follow each other."""
+    parts = []
+    for branch, numbers in groupby(range(len(rows)), key=lambda number: rows[number].branch):
+        mine = list(numbers)
+        own = tuple(variants[number] for number in mine)
+        guides = tuple(n for n in own[0].active if stack.seats[n].control.guide is not None)
+        parts.append(Part(branch, guides, slice(mine[0], mine[-1] + 1), (own, kind)))
+    return tuple(parts)

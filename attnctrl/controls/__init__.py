@@ -12,6 +12,7 @@ from .nag import NAG
 from .perturb import Perturb
 from .region import OpenTexts, Regions
 from .reposition import Reposition
+from .reuse import Reuse
 from .sharing import Share
 from .skip import Skip
 from .style import ShareStyle
@@ -30,6 +31,7 @@ __all__ = [
     "RegionModulation",
     "Regions",
     "Reposition",
+    "Reuse",
     "Share",
     "ShareStyle",
     "Skip",

@@ -21,7 +21,7 @@ from ..select import Layer, Selector
 from ..sources import Move
 from ..visibility import Visibility
 from ..watch import View
-from ..wraps import Site, Wrap
+from ..wraps import Now, Site, Wrap
 
 __all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
 
@@ -68,6 +68,8 @@ class Control:
     """It only watches kernel calls, see `probes`; no part of documents."""
     wraps: ClassVar[bool] = False
     """It goes around whole modules, see `wrap`."""
+    keeps: ClassVar[bool] = False
+    """What it puts there keeps outputs for later steps; it leaves alone what others leave out."""
     in_documents: ClassVar[bool] = True
     """It can be told by a document; otherwise it takes what only code can give."""
 
@@ -142,7 +144,7 @@ class Control:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
         return None
 
-    def wrap(self, site: Site) -> Wrap | None:
+    def wrap(self, site: Site, now: Now) -> Wrap | None:
         """What it puts around a selected layer or its block in the forward that begins; None leaves them alone."""
         return None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ControlError, UnsupportedModelError
 from ..guidance import Guide
 from ..schedule import Window
-from ..wraps import Site, Wrap
+from ..wraps import Now, Site, Wrap
 from .base import Branch, Control
 
 __all__ = ["Skip", "What"]
@@ -76,7 +76,7 @@ class Skip(Control):
     def is_idle(self) -> bool:
         return super().is_idle or (self.branch == "perturbed" and self.scale == 0)
 
-    def wrap(self, site: Site) -> Wrap:
+    def wrap(self, site: Site, now: Now) -> Wrap:
         if self.what == "block":
             return Wrap(site.block, _passed(site.block, site.returns), site.inside, "blocks left out")
         if site.fused:
