@@ -133,8 +133,9 @@ class Stack(Situations):
         return bool(read)
 
     def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
-        """Of a variant's active seats, those that act in a layer."""
-        on = ((i, present[i]) for i in variant.active if layer.name in self.seats[i].layers)
+        """Of a variant's active seats, those that act in a layer's call."""
+        calling = (i for i in variant.active if not self.seats[i].control.wraps)
+        on = ((i, present[i]) for i in calling if layer.name in self.seats[i].layers)
         there = (i for i, layers in on if layers is None or layer.name in layers)
         return tuple(i for i in there if self.seats[i].control.opens(layer, variant.line.draw))
 
