@@ -109,6 +109,7 @@ def test_what_it_is_told_is_checked_and_written_down() -> None:
         ({"every": 0}, "every must be a whole number from 1 on; found 0"),
         ({"gate": 2.5}, "gate must be a whole number from 1 on"),
         ({"between": (800, 100)}, "between is two timesteps"),
+        ({"between": (100, 500, 800)}, "between is two timesteps"),
         ({"strength": 0.5}, "strength is 0 or 1"),
         ({"policy": "gate"}, "policy must be one of pab, tgate"),
     ):

@@ -49,7 +49,7 @@ class Reuse(Control):
     policy: Policy = "pab"
     every: int = field(default=2, kw_only=True)
     cross_every: int = field(default=2, kw_only=True)
-    between: tuple[float, float] = field(default=(100.0, 800.0), kw_only=True)
+    between: Sequence[float] = field(default=(100.0, 800.0), kw_only=True)
     gate: int = field(default=10, kw_only=True)
     warmup: int = field(default=2, kw_only=True)
     early: int = field(default=5, kw_only=True)
@@ -63,10 +63,10 @@ class Reuse(Control):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
-        low, high = (float(value) for value in self.between)
-        if not 0 <= low <= high <= 1000:
-            raise ControlError(f"'{self.name}': between is two timesteps in [0, 1000]; found {(low, high)}.")
-        object.__setattr__(self, "between", (low, high))
+        between = tuple(float(value) for value in self.between)
+        if len(between) != 2 or not 0 <= between[0] <= between[1] <= 1000:
+            raise ControlError(f"'{self.name}': between is two timesteps in [0, 1000]; found {between}.")
+        object.__setattr__(self, "between", between)
         if self.strength not in (0, 1):
             raise ControlError(f"'{self.name}': an output serves or it does not; strength is 0 or 1.")
 
@@ -81,7 +81,9 @@ class Reuse(Control):
     def action(self, step: int, timestep: float, crossed: bool) -> Action:
         """What the policy says of a layer at a step of the run, as far as something is kept."""
         if self.policy == "pab":
-            return broadcast(step, timestep, every=self.cross_every if crossed else self.every, between=self.between)
+            low, high = self.between
+            every = self.cross_every if crossed else self.every
+            return broadcast(step, timestep, every=every, between=(low, high))
         return gated(step, crossed, gate=self.gate, warmup=self.warmup, early=self.early, late=self.late)
 
     def rows_kept(self, crossed: bool, branches: int) -> int:

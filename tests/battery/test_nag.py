@@ -219,3 +219,33 @@ def test_what_it_is_told_is_checked_and_written_down() -> None:
     assert ac.Control.from_dict(data).to_dict() == data
     with pytest.raises(ac.ControlError, match="not written to documents"):
         nag().to_dict()
+
+
+def test_it_is_explained_beside_what_goes_around_modules() -> None:
+    stack = [nag(), ac.Skip(layers="single:1"), ac.Reuse()]
+    told = str(ac.explain(flux().model, stack, grid=(4, 6), steps=4, text_tokens=5))
+    assert "skip: layers single:1; steps 0; branch perturbed" in told
+    assert "reuse: layers double:0-1, single:0-1; steps 0-3; branch all" in told
+    assert "double:0-1, single:0-1: away from the negative prompt by 3 (tau 1.2, alpha 0.4)" in told
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_pictures_that_read_each_other_do_so_in_both_passes(door: Any) -> None:
+    """Two rows of one picture each that share: as if their keys stood in one sequence."""
+    setting = flux(batch=2)
+    with door(setting.model, [ac.Share(), nag()]), probe() as calls:
+        setting.run()
+    # the first layer: the second row's image stands behind the first one's own keys in both passes
+    call = calls[0]
+    queries = _tokens(setting, [ac.Region("against", prompt_embeds=tiny.embeds(7, 3))], "text image", (4, 6))
+    image = [number for number, token in enumerate(queries) if token.kind == "image"]
+    keys = [*queries, *(queries[number] for number in image)]
+    key, value = (torch.cat([x[:1], x[1:, image]], 1) for x in (call.key, call.value))
+    text = weights(queries, keys, lambda q, k: float(q.kind == "image" or k.kind != "image"))
+    text[:, : len(queries)] = 1
+    plus, minus = (
+        dense(call.query[:1], key, value, (weights(queries, keys, rule) * text, None)) for rule in (main, contrast)
+    )
+    wanted = led(plus, minus, **NUMBERS)
+    assert (call.out[:1, image] - wanted[:, image]).abs().max() < 2e-5
