@@ -63,6 +63,12 @@ class Declared:
         """All declared regions of a scene, numbered as in its layout."""
         return tuple(region for _, region in self._numbered(scene).values())
 
+    def placed(self, scene: int) -> list[int]:
+        """The numbers of those regions of a scene that have a place in the picture."""
+        numbers = self._numbered(scene)
+        owners = [control for control in self._declaring if not control.placeless]
+        return sorted({numbers[key][0] for control in owners for key, _ in _keyed(control, scene)})
+
     def own(self, control: Control, scene: int) -> frozenset[int]:
         """The numbers of the regions that a control acts on: its own, or else those declared with texts."""
         wanted = [control] if control.scenes else self._lending(control) if control.needs_regions else []

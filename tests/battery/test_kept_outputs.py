@@ -267,6 +267,25 @@ def test_off_and_one_in_one_are_the_plain_model_to_the_bit() -> None:
 
 
 @torch.no_grad()
+def test_processors_open_the_same_door() -> None:
+    setting = flux()
+    plain = forward(setting, 3)
+    with attached(setting, ac.Reuse(), ("cond",)):
+        wanted = [forward(setting, step) for step in range(4)]
+    originals = dict(setting.model.attn_processors)
+    made = ac.processors(setting.model, ac.Reuse(), scheduler=scheduler(), branches=("cond",))
+    ac.set_processors(setting.model, made)
+    for step, expected in enumerate(wanted):
+        assert torch.equal(forward(setting, step), expected)
+    store = kept(setting)
+    assert len(store.entries) == 4
+    ac.set_processors(setting.model, originals)
+    assert torch.equal(forward(setting, 3), plain)
+    assert not torch.equal(wanted[3], plain)
+    assert store.entries == {}
+
+
+@torch.no_grad()
 def test_what_does_not_go_together_is_refused() -> None:
     setting = flux()
     with attached(setting, ac.Reuse("tgate"), ("cond",)), pytest.raises(ac.UnsupportedModelError, match="policy='pab'"):

@@ -173,6 +173,7 @@ def test_it_is_no_region_of_the_picture() -> None:
     assert declared.own(isolate, 0) == declared.own(regional, 0) == frozenset({1, 2, 3})
     assert declared.own(control, 0) == frozenset({0})
     member = declared.member(0, (4, 6))
+    assert declared.placed(0) == [1, 2, 3]
     assert member.shape == (4, 24)
     assert not member[0].any()
     assert torch.equal(member[1:], Declared([regional]).member(0, (4, 6)))
@@ -190,6 +191,20 @@ def test_lengths_are_bounded_and_zero_stays_zero() -> None:
     assert torch.equal(normalized(zero, minus, 5.0, 2.5, 0.5), zero)
     assert torch.equal(normalized(zero, zero, 5.0, 2.5, 0.5), zero)
     assert normalized(plus.half(), minus.half(), 5.0, 2.5, 0.5).dtype == torch.float16
+
+
+@torch.no_grad()
+def test_who_looks_for_subjects_does_not_find_the_negative_prompt() -> None:
+    setting = flux()
+    keep = ac.Keep(bank=ac.Bank(), tokens="subject")
+    scheduler = types.SimpleNamespace(
+        timesteps=torch.tensor([500.0]), sigmas=torch.tensor([0.5]), num_inference_steps=1
+    )
+    with (
+        ac.attach(setting.model, [nag(), keep], scheduler=scheduler, branches=("cond",)),
+        pytest.raises(ac.LayoutError, match="no control of the stack declares regions"),
+    ):
+        setting.run()
 
 
 @torch.no_grad()
@@ -224,6 +239,7 @@ def test_what_it_is_told_is_checked_and_written_down() -> None:
 def test_it_is_explained_beside_what_goes_around_modules() -> None:
     stack = [nag(), ac.Skip(layers="single:1"), ac.Reuse()]
     told = str(ac.explain(flux().model, stack, grid=(4, 6), steps=4, text_tokens=5))
+    assert "image tokens" not in told
     assert "skip: layers single:1; steps 0; branch perturbed" in told
     assert "reuse: layers double:0-1, single:0-1; steps 0-3; branch all" in told
     assert "double:0-1, single:0-1: away from the negative prompt by 3 (tau 1.2, alpha 0.4)" in told
