@@ -8,16 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import settings_video as video
 import tiny_pipes
 import torch
 from guest_caches import pyramid
-from harness import Setting, flux, probe, regions, sd3, traces, unet
+from harness import FAMILIES, Setting, flux, probe, regions, sd3, traces, unet
 from torch import Tensor
 
 import attnctrl as ac
 from attnctrl.engine import engine_of
 from attnctrl.families import family_of
+from attnctrl.select import describe
 
+EVERY = {**FAMILIES, "sana": video.sana}
 TIMES = (950.0, 700.0, 500.0, 400.0, 300.0, 200.0, 50.0)
 PAB = {"every": 2, "cross_every": 3}
 SERVES = {"self": (1, 3, 5), "cross": (1, 2, 4, 5)}
@@ -181,6 +184,29 @@ def test_steps_that_are_alike_lose_nothing(further: Any) -> None:
     told = handle.report().controls
     assert told[0].steps == (1, 3)
     assert told[1].steps == (0, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", EVERY.values(), ids=EVERY)
+def test_every_family_is_served_what_it_would_compute(family: Callable[..., Setting]) -> None:
+    setting = family()
+    known = family_of(setting.model)
+    mark = float(known.timestep(setting.inputs).reshape(-1)[0])
+    marks, wanted = scheduler([mark] * 3), setting.run()
+    stacks = {layer.stack for layer in known.layers(setting.model) if not (layer.linear or layer.stack in known.fused)}
+    reuse = ac.Reuse(between=(0, 1000), layers=sorted(stacks))
+    ran = []
+    with ac.attach(setting.model, reuse, scheduler=marks, branches=("cond",)) as handle:
+        for marks.step_index in range(3):
+            with probe() as calls:
+                assert torch.equal(setting.run(), wanted)
+            ran.append(len(calls))
+    (told,) = handle.report().controls
+    served = [layer for layer in known.layers(setting.model) if layer.stack in stacks]
+    assert told.steps == (1,)
+    assert told.acted == describe(served)
+    assert ran[0] - ran[1] == sum(layer.call + 1 for layer in served)
+    assert ran[2] == ran[0]
 
 
 @torch.no_grad()
