@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .attach import Handle, attach
     from .bank import Bank
     from .controls import (
+        NAG,
         Control,
         GroupIsolation,
         Harmonize,
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
         RegionModulation,
         Regions,
         Reposition,
+        Reuse,
         Share,
         ShareStyle,
+        Skip,
     )
     from .errors import (
         AssetError,
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from .schedule import Sigma
 
 __all__ = [
+    "NAG",
     "AssetError",
     "AttnCtrlError",
     "Bank",
@@ -87,6 +91,7 @@ __all__ = [
     "Regions",
     "Report",
     "Reposition",
+    "Reuse",
     "SceneError",
     "ScheduleError",
     "SelectionError",
@@ -95,6 +100,7 @@ __all__ = [
     "SharedAttnProcessor",
     "Sigma",
     "SilentControlError",
+    "Skip",
     "UnsupportedModelError",
     "attach",
     "explain",
@@ -112,6 +118,7 @@ _HOMES = {
     "attach": ("Handle", "attach"),
     "bank": ("Bank",),
     "controls": (
+        "NAG",
         "Control",
         "GroupIsolation",
         "Harmonize",
@@ -123,8 +130,10 @@ _HOMES = {
         "RegionModulation",
         "Regions",
         "Reposition",
+        "Reuse",
         "Share",
         "ShareStyle",
+        "Skip",
     ),
     "explain": ("Explanation", "explain"),
     "phrases": ("in_prompt", "phrase_spans"),

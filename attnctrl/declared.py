@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Declared:
         self.scenes = max(counts, default=1)
 
     def _text_declaring(self) -> list[Control]:
-        return [control for control in self._declaring if control.appends_text]
+        return [one for one in self._declaring if one.appends_text and not one.placeless]
 
     def _lending(self, borrower: Control) -> list[Control]:
         """Whose regions a control without any acts on: those of its own branch, or else of any."""
@@ -62,6 +63,12 @@ class Declared:
         """All declared regions of a scene, numbered as in its layout."""
         return tuple(region for _, region in self._numbered(scene).values())
 
+    def placed(self, scene: int) -> list[int]:
+        """The numbers of those regions of a scene that have a place in the picture."""
+        numbers = self._numbered(scene)
+        owners = [control for control in self._declaring if not control.placeless]
+        return sorted({numbers[key][0] for control in owners for key, _ in _keyed(control, scene)})
+
     def own(self, control: Control, scene: int) -> frozenset[int]:
         """The numbers of the regions that a control acts on: its own, or else those declared with texts."""
         wanted = [control] if control.scenes else self._lending(control) if control.needs_regions else []
@@ -74,10 +81,12 @@ class Declared:
         if grid is None:
             return torch.zeros(len(numbers), 0, dtype=torch.bool)
         if (scene, grid) not in self._members:
+            nowhere = torch.zeros(1, prod(grid), dtype=torch.bool)
             rows = dict.fromkeys(range(len(numbers)), torch.zeros(1, 0, dtype=torch.bool))
             for control in self._declaring:
                 mine = _keyed(control, scene)
-                held = membership([region for _, region in mine], grid, control.overlap_policy)
+                placed = [] if control.placeless else [region for _, region in mine]
+                held = membership(placed, grid, control.overlap_policy) if placed else nowhere.expand(len(mine), -1)
                 rows |= {numbers[key][0]: row[None] for (key, _), row in zip(mine, held, strict=True)}
             self._members[scene, grid] = torch.cat([membership((), grid), *rows.values()])
         return self._members[scene, grid]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accounts import Due
 from .bank.identity import identity_of
 from .call import Row
 from .controls.base import Control
@@ -29,13 +30,15 @@ from .stack import Acts, Presence, Seat, Stack, placed
 from .tap import Tap, check_model, execution_device, is_compiled
 from .texts import Texts
 from .watch import watched
+from .wraps import Wraps
 
 __all__ = ["Engine", "Entry", "engine_of"]
 
 _SEAT = "_attnctrl_engine"
 _SHARED = (
-    "The model's cache keeps one output of a layer for all guidance branches, which these controls tell apart: it is "
-    "emptied before each forward and saves nothing."
+    "The model's cache keeps one output of a layer for all guidance branches, and these have forwards of their own: "
+    "it is emptied between them and saves nothing. Use attnctrl.Reuse, which keeps them apart, or a cache of blocks "
+    "such as first-block."
 )
 
 
@@ -107,8 +110,9 @@ class Engine:
         self._owner: list[Entry] = []
         self._place = Place(self.family)
         self._guidance = Guidance(self.family, self.model)
+        self._wraps = Wraps(self.family, model, self.layers, self.tap.shares_caches)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
-        self._pending: tuple[Acts, Moment, frozenset[str], Sequence[tuple[Row, tuple[int, ...]]]] | None = None
+        self._pending: Due | None = None
         self._warned: set[str] = set()
         self._acted: dict[Branches, Any] = {}
         self._last: Any = None
@@ -185,6 +189,7 @@ class Engine:
             return None
         # a perturbed forward stands where the one stands that it belongs to
         step = self._guidance.further or self._step(arguments)
+        self._wraps.kept.age(self._place.run, step.moment.step)
         watching = {name: self.stack.active(step.moment, name, observing=True) for name in step.active}
         self._note(step.branches, (present, *step.active.values()))
         if not any(step.active.values()) and not any(watching.values()):
@@ -220,36 +225,23 @@ class Engine:
             SilentControlError: when a layer with an act called no kernel.
         """
         pending, self._pending = self._pending, None
+        self._wraps.take(finished)
         if not finished:
             return
         for entry in self.entries:
             entry.forwards += 1
         if pending is None:
             return
-        acts, moment, left_out, acting = pending
         unmet = self.tap.unmet()
-        silent = [layer for layer in unmet if layer.name not in left_out]
+        silent = [layer for layer in unmet if layer.name not in pending.left_out]
         if silent and not self._caches_blocks():
             raise SilentControlError(
-                f"{len(silent)} of {len(acts)} controlled layers called no attention kernel that could be met: "
+                f"{len(silent)} of {len(pending.acts)} controlled layers called no attention kernel that could be met: "
                 f"{', '.join(layer.name for layer in silent[:4])}{', ...' if len(silent) > 4 else ''}. Their "
                 "processors were replaced, or the model was compiled in a way that leaves hooks out. Attach before "
                 "compiling, or attach again."
             )
-        missed = left_out | {layer.name for layer in unmet}
-        for number, seat in enumerate(self.stack.seats):
-            due = {name: act for name, (act, seats) in acts.items() if number in seats}
-            mine = {name: act for name, act in due.items() if name not in missed}
-            if not mine:
-                seat.skipped += bool(due)
-                continue
-            seat.forwards += 1
-            seat.acted.update(mine)
-            seat.rows.update(row for row, seats in acting if number in seats)
-            if moment.step is not None:
-                seat.steps.add(moment.step)
-            if not seat.control.observes:
-                seat.plans.update(line for act in mine.values() for line in act.explained)
+        pending.credit(self.stack.seats, frozenset(layer.name for layer in unmet))
 
     def _control(
         self,
@@ -300,9 +292,11 @@ class Engine:
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})
-        left_out = perturbed | {layer.name for layer in self.layers if layer.index in skipped}
+        wraps = self._wraps.put(self.stack, acting, variants, acts, arguments, moment, self._place.run, present)
+        over = frozenset(name for one in wraps for name in one.wrap.over)
+        left_out = perturbed | over | {layer.name for layer in self.layers if layer.index in skipped}
         took_part = [(row, (*on, *eyes)) for (row, on), eyes in zip(acting, watching, strict=True)]
-        self._pending = (acts, moment, left_out, took_part)
+        self._pending = Due(acts, wraps, moment, left_out, took_part)
         return arguments
 
     @functools.cached_property
@@ -363,19 +357,20 @@ class Engine:
     def _note(self, branches: Branches, acting: tuple[Any, ...]) -> None:
         """What a cache kept of other controls must not stand in for this forward's."""
         before, self._acted[branches] = self._acted.get(branches, acting), acting
-        last, self._last = self._last, acting
+        last, self._last = self._last, (branches, acting)
         if before != acting:
             self.tap.reset_caches()
-        elif last not in (None, acting) and self.tap.shares_caches():
+        elif last not in (None, self._last) and self.tap.shares_caches():
             self.tap.reset_caches()
             if _SHARED not in self._warned:
                 self._warned.add(_SHARED)
-                warnings.warn(f"{_SHARED} Use branch='all', or a cache of blocks such as first-block.", stacklevel=2)
+                warnings.warn(_SHARED, stacklevel=2)
 
     def _forget(self) -> None:
         """What caches keep is of other controls than those to come."""
         self._acted, self._last = {}, None
         self.__dict__.pop("_identity", None)
+        self._wraps.kept.clear()
         self.tap.reset_caches()
 
     def _warn_of_masks(self, acts: Acts) -> None:

@@ -231,12 +231,12 @@ def _phase(
     edges = [found for _, found in sorted(reads, key=lambda item: order[item[0]])]
     reach = _reach(edges) if active else []
     main = stack.situation(variant, variant.frames.items[0][0])
-    member = main.member.sum(1).tolist()
+    counts = {number: int(main.member[number].sum()) for number in stack.placed(scene)} if active else {}
     return {
         "steps": _spans(steps),
         "controls": [stack.seats[i].control.name for i in active],
         "tokens": {name: len(item) for name, item in variant.frames.ranges.items()},
-        "regions": {region.label: int(n) for region, n in zip(main.regions, member, strict=True)} if active else {},
+        "regions": {main.regions[number].label: count for number, count in counts.items()},
         "plans": plans,
         "outputs": [
             {"layers": describe(layers), "explain": "; ".join(one.explain() for one in found)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,10 +16,16 @@ from .content import States
 from .execute import ExecutionPlan
 from .sources import Sources
 
-__all__ = ["Batch", "Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
+__all__ = ["Batch", "Contrasting", "Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
 
 Run = Callable[..., Tensor]
 """(plan or None, query, key, value, mask, scale) -> the attention of some rows."""
+
+
+class Attend(Protocol):
+    """See `Executed.attend`."""
+
+    def __call__(self, query: Tensor, scale: float | None, plan: ExecutionPlan | None = ...) -> Tensor: ...
 
 
 class Batch(NamedTuple):
@@ -42,8 +48,8 @@ class Executed:
         mask: the model's own, bool (True sees) or additive, 4D, broadcastable to [B, H, Tq, Tk]; or None.
         scale: of the scores; None means 1 / sqrt(D).
         planned: controls of visibility act on this call as well.
-        attend: (query [B, H, Tq, D], scale) -> the attention of another query over the same keys, under the same mask
-            and visibility. Where `alike`, a query [B, H, 1, D] will do.
+        attend: (query [B, H, Tq, D], scale, plan) -> the attention of another query over the same keys, under the same
+            mask and visibility, or under another plan. Where `alike`, a query [B, H, 1, D] will do.
         rows: int64 [B], which rows of the batch these are; None for all of them.
         batch: all rows, for outputs that compare pictures.
     """
@@ -55,7 +61,7 @@ class Executed:
     mask: Tensor | None
     scale: float | None
     planned: bool
-    attend: Callable[[Tensor, float | None], Tensor]
+    attend: Attend
     rows: Tensor | None
     batch: Batch
 
@@ -73,6 +79,14 @@ class Output(Protocol):
 
     def explain(self) -> str:
         """One line for reports."""
+
+
+@runtime_checkable
+class Contrasting(Output, Protocol):
+    """An output that wants a second execution of the call, under a plan of its own; see `Control.contrast`."""
+
+    def under(self, plan: ExecutionPlan | None) -> Output:
+        """The same with that plan."""
 
 
 RowOutputs = tuple[Tensor | None, ExecutionPlan | None, Sources | None, tuple[Output, ...]]
@@ -104,8 +118,8 @@ def edited(
         own_mask = of_rows(mask, rows)
         read = (key, value, own_mask) if sources is None else sources.join((key, value, own_mask), *others)
 
-        def attend(other: Tensor, other_scale: float | None, plan: Any = plan, read: Any = read) -> Tensor:
-            return run(plan, other, *read, other_scale)
+        def attend(query: Tensor, scale: float | None, plan: Any = plan, read: Any = read) -> Tensor:
+            return run(plan, query, *read, scale)
 
         mine = query, key, value, _taken(out, rows)
         call = Executed(*mine, own_mask, scale, plan is not None, attend, rows, batch)

@@ -33,6 +33,11 @@ class Place:
         self._second: Text | None = None
         self._rows = 0
 
+    @property
+    def run(self) -> Any:
+        """The same object for all forwards of one run; None without a scheduler."""
+        return self._timesteps
+
     def levels(self, scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(timesteps, sigmas) of the scheduler's run, read once a run: `set_timesteps` makes new tensors."""
         timesteps = getattr(scheduler, "timesteps", None)

@@ -189,8 +189,9 @@ class Situations(Declared):
 
     def holders(self, variant: Variant, frame: str) -> tuple[tuple[str, ...], Tensor]:
         """(names of the regions of a variant's scene, bool [regions, image tokens]: who holds each token)."""
-        names = tuple(region.label for region in self.regions(variant.scene))
-        return names, self.member(variant.scene, variant.frames[frame].grid)
+        regions, placed = self.regions(variant.scene), self.placed(variant.scene)
+        member = self.member(variant.scene, variant.frames[frame].grid)
+        return tuple(regions[number].label for number in placed), member[placed]
 
     def told_to(self, control: Control, variant: Variant, frame: str) -> Situation:
         """What a control is told for its output: of the other pictures too, where it compares them."""

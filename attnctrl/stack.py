@@ -10,20 +10,21 @@ from typing import Any
 import torch
 
 from .bank import checked_branch
-from .call import Act, Row, Situation, build_plan
+from .call import Act, Blend, Row, Situation, build_plan
 from .content import Content, RowContents, Standing
 from .controls.base import Control
 from .errors import ControlError
 from .execute import ExecutionPlan, Host
 from .execute.tokens import TokenSet
 from .guidance import Guide
-from .output import Output, RowOutputs
+from .output import Contrasting, Output, RowOutputs
 from .region import by
 from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets
 from .situations import Seat, Situations, make_room
 from .sources import Move, Rows, Sources, Stored
 from .variants import Line, Variant
+from .visibility import Visibility
 
 __all__ = ["Acts", "Presence", "Seat", "Stack", "placed"]
 
@@ -42,7 +43,7 @@ class Stack(Situations):
         self, controls: Sequence[Control], layers: Sequence[Layer], presets: Presets, standing: Standing | None = None
     ) -> None:
         super().__init__(controls, layers, presets, standing)
-        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host], Planned] = {}
+        self._plans: dict[tuple[Variant, str, tuple[int, ...], torch.device, Host, Control | None], Planned] = {}
         self._acts: dict[tuple[tuple[Variant, ...], torch.device, Presence, Host], Acts] = {}
 
     def active(self, moment: Moment, branch: str | None, observing: bool = False) -> tuple[int, ...]:
@@ -132,8 +133,9 @@ class Stack(Situations):
         return bool(read)
 
     def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
-        """Of a variant's active seats, those that act in a layer."""
-        on = ((i, present[i]) for i in variant.active if layer.name in self.seats[i].layers)
+        """Of a variant's active seats, those that act in a layer's call."""
+        calling = (i for i in variant.active if not self.seats[i].control.wraps)
+        on = ((i, present[i]) for i in calling if layer.name in self.seats[i].layers)
         there = (i for i, layers in on if layers is None or layer.name in layers)
         return tuple(i for i in there if self.seats[i].control.opens(layer, variant.line.draw))
 
@@ -144,18 +146,27 @@ class Stack(Situations):
         return self._planned(variant, frame, acting, device, host)[0]
 
     def _planned(
-        self, variant: Variant, frame: str, acting: tuple[int, ...], device: torch.device, host: Host
+        self,
+        variant: Variant,
+        frame: str,
+        acting: tuple[int, ...],
+        device: torch.device,
+        host: Host,
+        against: Control | None = None,
     ) -> Planned:
-        """The plan, and which tokens of each picture that is read come behind the own keys."""
+        """The plan, and which tokens of each picture that is read come behind the own keys; or the plan of the second
+        execution, of which the control `against` says what is seen.
+        """
         hidden = self.hidden(variant, acting)
         seen = variant.frames[frame]
         tucked = "text.pad" in seen or any(f"text.region{number}" in seen for number in hidden)
         if not acting and not tucked:
             return None, ()
-        key = (variant, frame, acting, device, host)
+        key = (variant, frame, acting, device, host, against)
         if key not in self._plans:
             make_room(self._plans)
-            controls = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
+            told = [(self.seats[i].control, self.own(self.seats[i].control, variant.scene)) for i in acting]
+            controls = [(_Contrast(one) if one is against else one, own) for one, own in told]
             reads, sharing = self.reads(variant, frame, acting), self.sharing(acting)
             bank = sharing.recalls if reads and sharing is not None else None
             situation = self.situation(variant, frame, reads, bank)
@@ -214,16 +225,26 @@ class Stack(Situations):
         scale = prod(move.scale for _, move in made)
         return Move(turned[0][1] if turned else None, scale) if made else None
 
-    def outputs(self, variant: Variant, layer: Layer, acting: tuple[int, ...]) -> tuple[Output, ...]:
+    def outputs(
+        self,
+        variant: Variant,
+        layer: Layer,
+        acting: tuple[int, ...],
+        device: torch.device = torch.device("cpu"),
+        host: Host = Host(),
+    ) -> tuple[Output, ...]:
         """What becomes of the executed calls of a layer in which the seats `acting` act."""
         controls = [self.seats[i].control for i in acting]
         asked = [control for control in controls if type(control).output is not Control.output]
         if not asked:
             return ()
-        made = (
-            control.output(self.told_to(control, variant, layer.frame), self.own(control, variant.scene), layer)
-            for control in asked
-        )
+        made = []
+        for control in asked:
+            told = self.told_to(control, variant, layer.frame)
+            one = control.output(told, self.own(control, variant.scene), layer)
+            if isinstance(one, Contrasting):
+                one = one.under(self._planned(variant, layer.frame, acting, device, host, control)[0])
+            made.append(one)
         return tuple(one for one in made if one is not None)
 
     def contents(
@@ -259,7 +280,7 @@ class Stack(Situations):
         for layer in self.layers:
             acting = tuple(self.acting(variant, layer, present) for variant in rows)
             pairs = list(zip(rows, acting, strict=True))
-            outputs = tuple(self.outputs(variant, layer, own) for variant, own in pairs)
+            outputs = tuple(self.outputs(variant, layer, own, device, host) for variant, own in pairs)
             contents = tuple(self.contents(variant, layer, own, device) for variant, own in pairs)
             key = (acting, outputs, contents, layer.frame, layer.call)
             if key not in made:
@@ -295,6 +316,19 @@ class Stack(Situations):
         tokens = next(iter(rows)).frames[layer.frame].tokens
         act = Act(parts, tokens, layer.call, edits, () if unplanned else sources, changes)
         return act, frozenset(i for numbers in acting for i in numbers)
+
+
+class _Contrast:
+    """Stands for a control in its second execution."""
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        return self.control.contrast(situation, own)
+
+    def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
+        return ()
 
 
 def placed(acts: Acts, moment: Moment) -> Acts:

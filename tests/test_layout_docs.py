@@ -72,12 +72,31 @@ def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_page_of_perturbed_attention_runs() -> None:
     names: dict = {}
-    first, second = blocks("perturb.md")
+    first, second, third, fourth = blocks("perturb.md")
     exec(first, names)
     [told] = names["handle"].report().controls
     assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
     exec(second, names)
     assert names["handle"].report().forwards == 2 * 3
+    exec(third, names)
+    [told] = names["handle"].report().controls
+    assert (told.name, told.acted, told.steps) == ("skip", "mid.self:0", (0, 1))
+    exec(fourth, names)
+    [told] = names["handle"].report().controls
+    assert (told.name, told.rows, names["handle"].report().forwards) == ("nag", (("cond", 0),), 2)
+
+
+def test_the_page_of_reuse_runs() -> None:
+    names: dict = {}
+    first, second = blocks("reuse.md")
+    exec(first, names)
+    [told] = names["handle"].report().controls
+    assert told.plans == ("outputs kept by pab",)
+    assert told.steps == (3, 5)
+    assert names["reuse"].predict(names["pipe"], width=64, height=64, text_tokens=40) > 0
+    exec(second, names)
+    [told] = names["handle"].report().controls
+    assert (told.steps, told.plans) == ((4, 5, 6, 7), ("outputs kept by tgate",))
 
 
 def test_the_page_of_sharing_runs() -> None:

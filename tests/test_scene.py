@@ -245,6 +245,18 @@ def test_controls_get_the_regions_of_the_scene():
     assert len(between.regions) == 0
 
 
+def test_controls_of_guidance_and_reuse_are_told_by_scenes():
+    entries = [
+        {"name": "skip", "what": "attention", "layers": "mid.self", "window": [0, 0.2]},
+        {"name": "nag", "negative_prompt": "green", "scale": 4.0},
+        {"name": "reuse", "policy": "pab", "every": 3, "between": [100, 900]},
+    ]
+    skip, nag, reuse = Scene.from_dict({**BASE, "controls": entries}).build_controls()
+    assert (skip.what, skip.window, nag.scale, reuse.every, reuse.between) == ("attention", (0, 0.2), 4, 3, (100, 900))
+    assert "negative_embeds" in refusal({**BASE, "controls": [{**entries[1], "negative_embeds": [1]}]})
+    assert "needs layers" in refusal({**BASE, "controls": [{"name": "skip"}]})
+
+
 def test_isolate_alone_gets_the_regions():
     (isolate,) = Scene.from_dict({**BASE, "subjects": [LEFT], "controls": [{"name": "isolate"}]}).build_controls()
     assert [region.box for region in isolate.regions] == [tuple(LEFT["box"])]

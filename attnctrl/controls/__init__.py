@@ -8,14 +8,18 @@ from .inject import Inject
 from .isolation import Isolate
 from .keep import Keep
 from .lamic import GroupIsolation, RegionModulation
+from .nag import NAG
 from .perturb import Perturb
 from .region import OpenTexts, Regions
 from .reposition import Reposition
+from .reuse import Reuse
 from .sharing import Share
+from .skip import Skip
 from .style import ShareStyle
 
 __all__ = [
     "CONTROLS",
+    "NAG",
     "Control",
     "GroupIsolation",
     "Harmonize",
@@ -27,6 +31,8 @@ __all__ = [
     "RegionModulation",
     "Regions",
     "Reposition",
+    "Reuse",
     "Share",
     "ShareStyle",
+    "Skip",
 ]

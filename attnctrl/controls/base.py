@@ -22,6 +22,7 @@ from ..select import Layer, Selector
 from ..sources import Move
 from ..visibility import Visibility
 from ..watch import View
+from ..wraps import Now, Site, Wrap
 
 __all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
 
@@ -41,8 +42,8 @@ class Control:
     Attributes:
         layers: selector of attention layers (see `attnctrl.select`); None means all.
         window: when to act: (start, stop) of the denoising progress in [0, 1], or `Sigma(high, low)`.
-        branch: guidance branch to act in; "all" acts in every one. "perturbed" are those that `Perturb` opens, in which
-            controls of "cond" act as well.
+        branch: guidance branch to act in; "all" acts in every one. "perturbed" are those that `Perturb` and
+            `Skip` open, in which controls of "cond" act as well.
         strength: in [0, 1]; 0 is "not there".
 
     Raises:
@@ -56,6 +57,8 @@ class Control:
     """Of a document's regions: this control declares them for the whole stack."""
     appends_text: ClassVar[bool] = False
     """The texts of its regions are appended to the model's text sequence while the control acts."""
+    placeless: ClassVar[bool] = False
+    """The texts of its regions belong to no place: they hold no token of the picture, and are lent to nobody."""
     shares: ClassVar[bool] = False
     """Rows read keys and values of other pictures while it acts, see `reads` and `recalls`."""
     follows: ClassVar[bool] = False
@@ -64,6 +67,10 @@ class Control:
     """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
+    wraps: ClassVar[bool] = False
+    """It goes around whole modules, see `wrap`."""
+    keeps: ClassVar[bool] = False
+    """What it puts there keeps outputs for later steps; it leaves alone what others leave out."""
     in_documents: ClassVar[bool] = True
     """It can be told by a document; otherwise it takes what only code can give."""
 
@@ -113,6 +120,10 @@ class Control:
         """Its part in the visibility stage for the regions `own`; None leaves the stage alone."""
         return None
 
+    def contrast(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
+        """What takes the place of its `visibility` in a second execution, which its output gets by `under`."""
+        return None
+
     def blends(self, situation: Situation, own: frozenset[int]) -> Sequence[Blend]:
         """Further passes to mix in."""
         return ()
@@ -132,6 +143,10 @@ class Control:
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
+        return None
+
+    def wrap(self, site: Site, now: Now) -> Wrap | None:
+        """What it puts around a selected layer or its block in the forward that begins; None leaves them alone."""
         return None
 
     @property

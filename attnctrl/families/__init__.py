@@ -19,6 +19,8 @@ from ..select import Layer
 from .reader import Reader
 
 __all__ = [
+    "IMAGE_TEXT",
+    "TEXT_IMAGE",
     "Arguments",
     "Carrier",
     "Family",
@@ -42,6 +44,10 @@ __all__ = [
 Arguments = dict[str, Any]
 Text = Tensor | Sequence[Tensor]
 """Encoded prompts: [B, tokens, channels], or [tokens, channels] per row."""
+
+TEXT_IMAGE = ("encoder_hidden_states", "hidden_states")
+IMAGE_TEXT = ("hidden_states", "encoder_hidden_states")
+"""What joint blocks return."""
 
 
 class Carrier(list):
@@ -95,6 +101,9 @@ class Family:
             in steps of whole tokens.
         corner: (model, frames of a forward) -> where the first image token stands, by the axes of `rotary`; () where
             tokens do not turn. None where that is not known.
+        returns: by stack, those arguments of a block's forward that have the form of what it returns, in its order;
+            others take and return `hidden_states`.
+        fused: stacks whose attention modules hold the feed-forward as well.
     """
 
     name: str
@@ -119,6 +128,8 @@ class Family:
     readers: tuple[Reader, ...] = ()
     rotary: Callable[[Any], Rotary] | None = None
     corner: Callable[[Any, Frames], tuple[float, ...]] | None = None
+    returns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
 
     def standing(self, model: Any) -> Standing:
         """How the image tokens of a model turn with their places."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..layout import Frames, Measures
-from . import Family, append_to, encode_alone, joint, stacks, still
+from . import TEXT_IMAGE, Family, append_to, encode_alone, joint, stacks, still
 from .reader import Reader
 from .sd3 import measure
 
@@ -43,4 +43,5 @@ AURAFLOW = Family(
     count=count_tokens,
     readers=(Reader(),),
     corner=still,
+    returns={"joint": TEXT_IMAGE},
 )

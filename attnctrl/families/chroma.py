@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Arguments, flux
+from . import TEXT_IMAGE, Arguments, flux
 from .reader import Reader
 
 _MOST = 512
@@ -49,4 +49,5 @@ CHROMA = replace(
     encode=encode_prompt,
     count=count_tokens,
     readers=(Reader(),),
+    returns={"double": TEXT_IMAGE},
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..layout import Measures
-from . import Arguments, Family, append_to, encode_alone, joint, stacks, text_limit
+from . import IMAGE_TEXT, Arguments, Family, append_to, encode_alone, joint, stacks, text_limit
 
 
 def measure(model: Any, arguments: Arguments) -> Measures:
@@ -47,4 +47,5 @@ COGVIDEOX = Family(
     append_text=append_to(),
     encode=encode_alone(count_tokens),
     count=count_tokens,
+    returns={"joint": IMAGE_TEXT},
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Family, append_to, joint, stacks
+from . import IMAGE_TEXT, Family, append_to, joint, stacks
 from .reader import Reader
 from .sd3 import measure
 
@@ -43,4 +43,5 @@ COGVIEW4 = Family(
     encode=encode_prompt,
     count=count_tokens,
     readers=(Reader(filled={"padding": True, "pad_to_multiple_of": _MULTIPLE, "padding_side": "left"}),),
+    returns={"joint": IMAGE_TEXT},
 )

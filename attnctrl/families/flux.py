@@ -17,7 +17,7 @@ from ..errors import LayoutError
 from ..layout import Measures
 from ..region import Grid, by
 from ..rotary import Rotary
-from . import Arguments, Family, at_zero, joint, stacks
+from . import TEXT_IMAGE, Arguments, Family, at_zero, joint, stacks
 from .reader import Reader
 
 _SAME = 1e-3
@@ -140,4 +140,5 @@ FLUX = Family(
     readers=(Reader("tokenizer_2"),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
     corner=at_zero,
+    returns={"double": TEXT_IMAGE, "single": TEXT_IMAGE},
 )

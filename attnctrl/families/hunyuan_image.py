@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..layout import Frame, Frames, Layout, Measures
-from . import Arguments, Family, stacks
+from . import IMAGE_TEXT, Arguments, Family, stacks
 from .hunyuan_video import append_text, position, refine
 from .reader import Reader
 
@@ -119,4 +119,5 @@ HUNYUAN_IMAGE = Family(
             limit=lambda pipe: pipe.tokenizer_max_length,
         ),
     ),
+    returns={"double": IMAGE_TEXT, "single": IMAGE_TEXT},
 )

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ..errors import ControlError
 from ..layout import Frame, Frames, Layout, Measures, Slots
-from . import Arguments, Family, insert, stacks, text_limit
+from . import IMAGE_TEXT, Arguments, Family, insert, stacks, text_limit
 
 
 class Segments(NamedTuple):
@@ -136,4 +136,5 @@ HUNYUAN_VIDEO = Family(
     shadows={"context_embedder.forward": refine},
     encode=encode_prompt,
     count=count_tokens,
+    returns={"double": IMAGE_TEXT, "single": IMAGE_TEXT},
 )

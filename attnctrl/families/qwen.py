@@ -18,7 +18,7 @@ from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frames, Measures, Slots
 from ..region import by
 from ..rotary import Rotary
-from . import Arguments, Carrier, Family, append_to, joint, stacks
+from . import TEXT_IMAGE, Arguments, Carrier, Family, append_to, joint, stacks
 from .reader import Reader
 
 
@@ -111,4 +111,5 @@ QWEN = Family(
     readers=(Reader(written=_written, begin=lambda pipe: -pipe.prompt_template_encode_start_idx),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
     corner=corner,
+    returns={"double": TEXT_IMAGE},
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Frame, Frames, Layout, Measures
-from . import Arguments, Family, append_to, stacks, still
+from . import TEXT_IMAGE, Arguments, Family, append_to, stacks, still
 from .reader import Reader
 
 
@@ -77,4 +77,5 @@ SD3 = Family(
     # both CLIP encoders see the same words; they stand side by side in channels
     readers=(Reader("tokenizer", limit=_clip_tokens), Reader("tokenizer_3", begin=_clip_tokens)),
     corner=still,
+    returns={"joint": TEXT_IMAGE, "dual": TEXT_IMAGE},
 )

@@ -155,4 +155,5 @@ ZIMAGE = Family(
     readers=(Reader(written=_written),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims), model.config.rope_theta),
     corner=corner,
+    returns=dict.fromkeys(("noise", "context", "main"), ("x",)),
 )

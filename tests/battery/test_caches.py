@@ -57,7 +57,7 @@ def test_pyramid_broadcast_does_not_carry_a_control_into_the_other_branch() -> N
     pyramid(**LONG)(setting.model)
     with ac.attach(setting.model, control):
         assert (at(setting, 0.9, 0, context="cond") - base).abs().max() > 1e-3
-        with pytest.warns(UserWarning, match="all guidance branches.*branch='all'"):
+        with pytest.warns(UserWarning, match="all guidance branches.*attnctrl.Reuse"):
             uncond = at(setting, 0.9, 1, context="uncond")
         assert torch.equal(uncond, other)
         with warnings.catch_warnings():
@@ -65,10 +65,15 @@ def test_pyramid_broadcast_does_not_carry_a_control_into_the_other_branch() -> N
             assert (at(setting, 0.9, 0, context="cond") - base).abs().max() > 1e-3
             assert torch.equal(at(setting, 0.9, 1, context="uncond"), other)
     forget(setting.model)
-    with ac.attach(setting.model, ac.Isolate(regions(), branch="all")), probe() as calls:
+    with ac.attach(setting.model, ac.Isolate(regions(), branch="all")) as handle:
         at(setting, 0.9, 1, context="cond")
-        at(setting, 0.9, 1, context="uncond")
-    assert len(calls) == 4
+        with probe() as calls, pytest.warns(UserWarning, match="emptied between them"):
+            at(setting, 0.9, 1, context="uncond")
+        assert len(calls) == 4
+        with probe() as calls:
+            at(setting, 0.9, 1, context="uncond")
+        assert calls == []
+        assert handle.report().controls[0].forwards == 2
 
 
 @torch.no_grad()
