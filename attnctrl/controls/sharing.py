@@ -58,7 +58,7 @@ class Share(Joined):
         gate: in (0, 1], how likely pictures are shared at a step in a layer; elsewhere and else the layer is the plain
             model's. One coin for each layer and step, the same for all pictures and branches (StoryDiffusion).
         weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w. With
-            readers="anchors" also one for each anchor.
+            readers="anchors" also one for each anchor, with a bank one for each of its pictures.
         positions: in models with rotary positions, where the others seem to stand: "keep", on the same places; with
             "apart" side by side, the n-th to the right of n - 1 others, so that positions do not collide (AlignedGen,
             arXiv 2509.17088).
@@ -87,7 +87,7 @@ class Share(Joined):
             self._check_choice(name, choices)
         if not isinstance(self.weight, (int, float)):
             object.__setattr__(self, "weight", tuple(self.weight))
-            if self.readers != "anchors" or len(self.weights) != self.anchors:
+            if self.bank is None and (self.readers != "anchors" or len(self.weights) != self.anchors):
                 raise ControlError(
                     f"'{self.name}': a weight for each anchor wants readers='anchors' and as many weights as anchors; "
                     f"found readers={self.readers!r}, anchors={self.anchors} and {len(self.weights)} weights."
@@ -97,7 +97,7 @@ class Share(Joined):
         for name in ("ratio", "query_ratio", "gate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ControlError(f"'{self.name}': {name} must be in (0, 1]; found {getattr(self, name)}.")
-        if self.bank is not None and (self.readers, self.group) != ("all", None):
+        if self.bank is not None and (self.readers, self.group) != (type(self).readers, None):
             raise ControlError(
                 f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
                 "group say nothing. Leave them out."
@@ -109,7 +109,7 @@ class Share(Joined):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """One for all pictures that are read, or one for each anchor."""
+        """One for all pictures that are read, or one for each of them."""
         return (self.weight,) if isinstance(self.weight, (int, float)) else tuple(self.weight)
 
     @property
@@ -151,6 +151,11 @@ class Share(Joined):
             raise ControlError(
                 f"'{self.name}' reads tokens='{self.tokens}', but the bank keeps tokens='{self.bank.tokens}' alone. "
                 "Give Share the tokens that Keep had, or keep 'all'."
+            )
+        if self.bank is not None and len(self.weights) not in (1, self.bank.pictures):
+            raise ControlError(
+                f"'{self.name}' has {len(self.weights)} weights, and the bank keeps {self.bank.pictures} pictures. "
+                "Give one for all, or one for each."
             )
         parts = [situation.tabulate(self._sees)]
         if self.ratio < 1:

@@ -7,22 +7,23 @@ keys of another picture that stand on the same places would be taken for the pic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..bank import Bank, Entry
 from ..call import Situation
-from ..content import Places, States, adain
+from ..content import Moments, Places, States, matched, moments_before
 from ..errors import ControlError
 from ..groups import Group
 from ..rotary import Rotary
-from ..schedule import is_empty
+from ..schedule import Moment, is_empty
 from ..select import Layer
 from ..sources import Move
 from .sharing import Readers, Share
 
-__all__ = ["AdaIN", "Matched", "ShareStyle"]
+__all__ = ["AdaIN", "Matched", "OfBank", "OfRow", "ShareStyle"]
 
 Matched = Literal["query", "key", "value"]
 _TEXTS = ("global", "phrase", "filling", "region_text")
@@ -43,6 +44,7 @@ class ShareStyle(Share):
         scale: of the anchors' keys, in (0, 10]: a temperature. AlignedGen's lambda; `weight` w is the odds e^b.
         texts: texts read the anchors too, as in AlignedGen's code.
         readers: "anchors" in the papers, with `anchors` 1.
+        bank: whose first picture is the anchor, in place of one of the batch: of `Keep(moments=True)`.
     """
 
     name: ClassVar[str] = "share_style"
@@ -55,11 +57,6 @@ class ShareStyle(Share):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bank is not None:
-            raise ControlError(
-                f"'{self.name}' matches moments of an anchor in the same batch, and a bank keeps no queries. Use "
-                "Share(bank=...), which shares without AdaIN."
-            )
         match = (self.match,) if isinstance(self.match, str) else tuple(self.match)
         strange = [one for one in match if one not in States._fields]
         if strange or len(set(match)) < len(match):
@@ -76,13 +73,17 @@ class ShareStyle(Share):
 
     def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> AdaIN | None:
         line, frame = situation.line, situation.frame
-        anchor = self.first(line.image)
-        if not self.match or anchor == line.image or any("image" not in side for side in (frame.queries, frame.keys)):
+        anchor, stored = self.first(line.image), line.stored
+        unread = anchor == line.image if self.bank is None else stored is None
+        if not self.match or unread or any("image" not in side for side in (frame.queries, frame.keys)):
             return None
         # values do not turn
         standing = places() if {"query", "key"} & set(self.match) else None
         query, key = ((side["image"].start, side["image"].stop) for side in (frame.queries, frame.keys))
-        return AdaIN(tuple(self.match), (query, key), anchor - line.image, self.strength, standing)
+        told = (tuple(self.match), (query, key), self.strength, standing)
+        if self.bank is None or stored is None:
+            return OfRow(*told, anchor - line.image)
+        return OfBank(*told, self.bank, Entry("", -1, stored[0], 0))
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
         moved = super().move(situation, other, rotary)
@@ -99,37 +100,88 @@ class AdaIN:
     Attributes:
         match: which states.
         spans: image tokens [start, stop) of queries, and of keys and values.
-        offset: from a row to that of its anchor.
         strength: the way there, 1 is all of it.
         places: where image tokens stand; None where they do not turn.
     """
 
     match: tuple[Matched, ...]
     spans: tuple[tuple[int, int], tuple[int, int]]
-    offset: int
     strength: float
     places: Places | None
 
     def __call__(self, own: States, batch: States, rows: Tensor) -> States:
-        spans = {"query": self.spans[0], "key": self.spans[1], "value": self.spans[1]}
-        made = {
-            name: self._matched(getattr(own, name), getattr(batch, name)[rows + self.offset], spans[name], name)
-            for name in self.match
-        }
+        made = {name: self._matched(getattr(own, name), self._aim(name, batch, rows), name) for name in self.match}
         return own._replace(**made)
 
     def explain(self) -> str:
-        """Which states, and how far."""
-        return f"AdaIN of {', '.join(self.match)} by {self.strength:g} to the picture {-self.offset} before"
+        """Which states, how far, and to what."""
+        return f"AdaIN of {', '.join(self.match)} by {self.strength:g} to the picture {self._model()}"
 
-    def _matched(self, states: Tensor, model: Tensor, span: tuple[int, int], name: str) -> Tensor:
-        """States [n, H, T, D] with the image tokens' moments of `model`."""
-        start, stop = span
-        image, anchor = states[:, :, start:stop], model[:, :, start:stop]
-        if self.places is None or name == "value":
-            found = adain(image, anchor, self.strength)
+    def _aim(self, name: Matched, batch: States, rows: Tensor) -> Moments:
+        """The anchors' moments [n or 1, H, 1, D] of a state, before positions."""
+        raise NotImplementedError
+
+    def _model(self) -> str:
+        """Which picture is the anchor."""
+        raise NotImplementedError
+
+    def _span(self, name: Matched) -> tuple[int, int]:
+        return self.spans[0] if name == "query" else self.spans[1]
+
+    def _places(self, name: Matched) -> Places | None:
+        return None if name == "value" else self.places
+
+    def _matched(self, states: Tensor, aim: Moments, name: Matched) -> Tensor:
+        """States [n, H, T, D] whose image tokens have these moments."""
+        (start, stop), places = self._span(name), self._places(name)
+        image = states[:, :, start:stop]
+        if places is None:
+            found = matched(image, aim, self.strength)
         else:
             # in float32 from one turn to the other, rounded once
-            found = adain(self.places.undone(image), self.places.undone(anchor), self.strength)
-            found = self.places.done(found).to(states.dtype)
+            found = places.done(matched(places.undone(image), aim, self.strength)).to(states.dtype)
         return found if stop - start == states.shape[2] else states.slice_scatter(found, 2, start, stop)
+
+
+@dataclass(frozen=True)
+class OfRow(AdaIN):
+    """The anchor is a row of the batch; `offset` leads from a row to it."""
+
+    offset: int
+
+    def _aim(self, name: Matched, batch: States, rows: Tensor) -> Moments:
+        start, stop = self._span(name)
+        anchor = getattr(batch, name)[rows + self.offset][:, :, start:stop]
+        return moments_before(anchor, self._places(name))
+
+    def _model(self) -> str:
+        return f"{-self.offset} before"
+
+
+@dataclass(frozen=True)
+class OfBank(AdaIN):
+    """The anchor is a picture of a bank.
+
+    Attributes:
+        bank: where it is.
+        entry: what it is kept under; see `at`.
+    """
+
+    bank: Bank
+    entry: Entry
+
+    def at(self, layer: str, moment: Moment) -> OfBank:
+        """The same for a layer of a forward.
+
+        Raises:
+            ControlError, ScheduleError: when the bank holds nothing for it.
+        """
+        entry = self.entry._replace(layer=layer, step=self.bank.kept_step(moment.step))
+        self.bank.check_entries([entry])
+        return replace(self, entry=entry)
+
+    def _aim(self, name: Matched, batch: States, rows: Tensor) -> Moments:
+        return self.bank.entries[self.entry].moments_of(name, batch.value.device)
+
+    def _model(self) -> str:
+        return f"{self.entry.picture} of the bank"

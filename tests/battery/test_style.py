@@ -15,7 +15,7 @@ from torch import Tensor
 import attnctrl as ac
 from attnctrl.content import States, adain, moments
 from attnctrl.controls import Control
-from attnctrl.controls.style import AdaIN
+from attnctrl.controls.style import OfRow
 from attnctrl.families import family_of
 
 BATCH = 3
@@ -195,7 +195,7 @@ def test_only_what_is_shared_has_influence() -> None:
     (grad,) = torch.autograd.grad(call.out[0].double().square().sum(), call.value)
     assert (grad[1:] == 0).all()
     batch = States(*(getattr(call, name).detach().transpose(1, 2).requires_grad_() for name in States._fields))
-    content = AdaIN(("query",), ((5, 29), (5, 29)), -2, 1.0, None)
+    content = OfRow(("query",), ((5, 29), (5, 29)), 1.0, None, -2)
     found = content(States(*(x[2:].detach() for x in batch)), batch, torch.tensor([2]))
     assert torch.equal(found.query[:, :, :5], batch.query[2:, :, :5])
     (grad,) = torch.autograd.grad(found.query.square().sum(), batch.query)
