@@ -17,6 +17,7 @@ from .errors import ControlError
 from .execute import ExecutionPlan, Host
 from .execute.tokens import TokenSet
 from .guidance import Guide
+from .norms import Pooled
 from .output import Output, RowOutputs
 from .region import by
 from .schedule import Moment, is_active, is_full
@@ -130,6 +131,26 @@ class Stack(Situations):
         for control, branch in read:
             control.check_bank(identity(), moment, branch)
         return bool(read)
+
+    def pooled(self, acting: Sequence[tuple[Row, tuple[int, ...]]]) -> tuple[Pooled, ...]:
+        """Rows that are normalised together with others while these seats act, which is noted on the seats.
+
+        Raises:
+            ControlError: when two controls pool one row.
+        """
+        found: list[Pooled] = []
+        for number, (row, seats) in enumerate(acting):
+            controls = [(self.seats[i], self.seats[i].control.pools_with(row.image)) for i in seats]
+            asked = [(seat, other) for seat, other in controls if other not in (None, row.image)]
+            if len(asked) > 1:
+                raise ControlError(
+                    f"{' and '.join(seat.control.name for seat, _ in asked)} both share GroupNorms; leave that to one "
+                    "of them, or give them windows or branches of their own."
+                )
+            for seat, other in asked:
+                found.append(Pooled(number, number - row.image + int(other or 0), seat.control.strength))
+                seat.plans.add(f"GroupNorms pooled with those of the picture {row.image - int(other or 0)} before")
+        return tuple(found)
 
     def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer."""

@@ -117,7 +117,11 @@ def test_what_cannot_be_is_refused(flux, bank):
         (lambda: flux.keep(ac.Bank(), "a star", controls=[], **FAST), ControlError, "found 0 of them"),
         (lambda: flux.keep(ac.Bank(), "a star", cleaner=1.0, **STYLED), ControlError, "cleaner is of a picture"),
         (lambda: flux(PROMPTS, bank=bank, picture="a.png", picture_prompt="a", **STYLED), ControlError, "one of them"),
-        (lambda: flux(PROMPTS, bank=bank, controls=[ac.Perturb(layers="single")], **FAST), ControlError, "found 0 of them"),
+        (
+            lambda: flux(PROMPTS, bank=bank, controls=[ac.Perturb(layers="single")], **FAST),
+            ControlError,
+            "found 0 of them",
+        ),
         (lambda: flux(PROMPTS, bank=bank, batch=0, **STYLED), ControlError, "batch must be 1 or more"),
         (lambda: flux([], bank=bank, **STYLED), ControlError, "no prompts"),
         (lambda: flux(PROMPTS, bank=bank, **{**STYLED, "num_inference_steps": 3}), ScheduleError, "bank is of a run"),

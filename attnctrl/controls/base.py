@@ -151,6 +151,10 @@ class Control:
         """The bank that is read: by sharing controls in place of other pictures of the batch."""
         return None
 
+    def pools_with(self, image: int) -> int | None:
+        """The picture of its branch with whose statistics an image's GroupNorms are pooled; None leaves them alone."""
+        return None
+
     def check_bank(self, model: Mapping[str, str], moment: Moment, branch: str | None) -> None:
         """Whether a row of this branch can read the bank in a forward.
 

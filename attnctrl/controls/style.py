@@ -44,6 +44,9 @@ class ShareStyle(Share):
         scale: of the anchors' keys, in (0, 10]: a temperature. AlignedGen's lambda; `weight` w is the odds e^b.
         texts: texts read the anchors too, as in AlignedGen's code.
         readers: "anchors" in the papers, with `anchors` 1.
+        norms: every GroupNorm of a UNet normalises a picture with the statistics that it has together with the anchor,
+            whatever `layers` say; `strength` s goes the way there by s (StyleAligned's share_group_norm). Off in its
+            own settings for sets, on in those for real pictures. Its share_layer_norm does nothing.
         bank: whose first picture is the anchor, in place of one of the batch: of `Keep(moments=True)`.
     """
 
@@ -52,6 +55,7 @@ class ShareStyle(Share):
     match: Sequence[Matched] = field(default=("query", "key"), kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
     texts: bool = field(default=False, kw_only=True)
+    norms: bool = field(default=False, kw_only=True)
     readers: Readers = field(default="anchors", kw_only=True)
     anchors: int = field(default=1, kw_only=True)
 
@@ -64,12 +68,17 @@ class ShareStyle(Share):
                 f"'{self.name}': match is some of {', '.join(States._fields)}, each once; found {match!r}."
             )
         object.__setattr__(self, "match", match)
+        if self.norms and self.bank is not None:
+            raise ControlError(
+                f"'{self.name}': a bank keeps nothing of GroupNorms; leave out norms=True, or draw the anchor in the "
+                "batch."
+            )
         if not 0 < self.scale <= 10:
             raise ControlError(f"'{self.name}': scale must be in (0, 10]; found {self.scale}. weight=0 reads nothing.")
 
     @property
     def is_idle(self) -> bool:
-        return self.strength == 0 or is_empty(self.window) or not (self.match or any(self.weights))
+        return self.strength == 0 or is_empty(self.window) or not (self.match or any(self.weights) or self.norms)
 
     def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> AdaIN | None:
         line, frame = situation.line, situation.frame
@@ -84,6 +93,9 @@ class ShareStyle(Share):
         if self.bank is None or stored is None:
             return OfRow(*told, anchor - line.image)
         return OfBank(*told, self.bank, Entry("", -1, stored[0], 0))
+
+    def pools_with(self, image: int) -> int | None:
+        return self.first(image) if self.norms else None
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
         moved = super().move(situation, other, rotary)

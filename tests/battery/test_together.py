@@ -17,7 +17,11 @@ import attnctrl as ac
 from attnctrl.families import family_of
 from attnctrl.select import select
 
-LAYERS = {"flux": (flux, "single", "double"), "sd3": (sd3, "joint:0", "joint:1"), "unet": (unet, "up.self", "down.self")}
+LAYERS = {
+    "flux": (flux, "single", "double"),
+    "sd3": (sd3, "joint:0", "joint:1"),
+    "unet": (unet, "up.self", "down.self"),
+}
 ODDS = 2.0
 
 
