@@ -213,7 +213,7 @@ class Stack(Situations):
             return Rows(tokens, moves, at)
         grid = situation.frame.grid
         for held, move in zip(bank.held(frame), made, strict=True):
-            if move is not None and held.grid != grid:
+            if move is not None and move.turn is not None and held.grid != grid:
                 raise ControlError(
                     f"'{sharing.name}': pictures of the bank have a grid of {by(held.grid)} tokens and this one "
                     f"{by(grid or ())}, so they do not stand side by side. Leave positions='keep', or capture this "
@@ -257,8 +257,7 @@ class Stack(Situations):
             return ()
         situation = self.situation(variant, layer.frame)
         places = partial(self.standing.places, variant.frames, layer.frame, device)
-        made = (control.content(situation, layer, places) for control in asked)
-        return tuple(one for one in made if one is not None)
+        return tuple(one for control in asked for one in control.content(situation, layer, places))
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
         """Regions whose text is in the sequence while no control of a layer shows it."""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_page_of_styles_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    first, second, third, fourth = blocks("style.md")
+    first, second, third, fourth, fifth = blocks("style.md")
     exec(first, names)
     assert [one.seed for one in names["pictures"]] == [1, 2, 3]
     assert "share_style" in names["pictures"][1].report
@@ -31,6 +31,8 @@ def test_the_page_of_styles_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     exec(fourth, names)
     assert len(names["kept"]) == 2
     assert names["kept"][0].record["set"]["bank"]
+    exec(fifth, names)
+    assert names["drawn"].size == (64, 64)
 
 
 def test_the_example_draws_ten_icons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which model keys belong to (its class, its configuration, a digest of some of its weights), and which bank is which."""
+"""Which model keys belong to: class, configuration, a digest of some of its weights; and which bank is which."""
 
 from __future__ import annotations
 

@@ -120,14 +120,14 @@ class Control:
         """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
         return {}
 
-    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Content | None:
-        """Its part in the content stage of a layer: what becomes of queries, keys and values; None leaves them alone.
+    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Content]:
+        """Its part in the content stage of a layer: what becomes of queries, keys and values; () leaves them alone.
 
         Args:
             places: where the layer's image tokens stand; None where the model does not turn them. Asking raises
                 `UnsupportedModelError` for models of which that is not known.
         """
-        return None
+        return ()
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""

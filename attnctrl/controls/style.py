@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bank import Bank, Entry
 from ..call import Situation
-from ..content import Moments, Places, States, matched, moments_before
+from ..content import Content, Moments, Places, States, matched, moments_before
 from ..errors import ControlError
 from ..groups import Group
 from ..rotary import Rotary
@@ -23,9 +23,10 @@ from ..select import Layer
 from ..sources import Move
 from .sharing import Readers, Share
 
-__all__ = ["AdaIN", "Matched", "OfBank", "OfRow", "ShareStyle"]
+__all__ = ["AdaIN", "Matched", "OfBank", "OfRow", "ScaledKeys", "ShareStyle"]
 
 Matched = Literal["query", "key", "value"]
+_WORDS = ("text.global", "text.glyphs", "text.region")
 _TEXTS = ("global", "phrase", "filling", "region_text")
 
 
@@ -42,6 +43,8 @@ class ShareStyle(Share):
     Attributes:
         match: which of "query", "key" and "value" are matched; `strength` s goes the way there by s.
         scale: of the anchors' keys, in (0, 10]: a temperature. AlignedGen's lambda; `weight` w is the odds e^b.
+        text_scale: of the keys of a reader's own texts where they share a softmax with its image, in (0, 10]: more than
+            1 makes up for the anchors' keys, among which the prompt counts for less (FreeCus, arXiv 2507.15249).
         texts: texts read the anchors too, as in AlignedGen's code.
         readers: "anchors" in the papers, with `anchors` 1.
         norms: every GroupNorm of a UNet normalises a picture with the statistics that it has together with the anchor,
@@ -54,6 +57,7 @@ class ShareStyle(Share):
 
     match: Sequence[Matched] = field(default=("query", "key"), kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
+    text_scale: float = field(default=1.0, kw_only=True)
     texts: bool = field(default=False, kw_only=True)
     norms: bool = field(default=False, kw_only=True)
     readers: Readers = field(default="anchors", kw_only=True)
@@ -73,26 +77,35 @@ class ShareStyle(Share):
                 f"'{self.name}': a bank keeps nothing of GroupNorms; leave out norms=True, or draw the anchor in the "
                 "batch."
             )
-        if not 0 < self.scale <= 10:
-            raise ControlError(f"'{self.name}': scale must be in (0, 10]; found {self.scale}. weight=0 reads nothing.")
+        for name in ("scale", "text_scale"):
+            if not 0 < getattr(self, name) <= 10:
+                raise ControlError(
+                    f"'{self.name}': {name} must be in (0, 10]; found {getattr(self, name)}. weight=0 reads nothing."
+                )
 
     @property
     def is_idle(self) -> bool:
-        return self.strength == 0 or is_empty(self.window) or not (self.match or any(self.weights) or self.norms)
+        return self.strength == 0 or is_empty(self.window) or not (
+            self.match or any(self.weights) or self.norms or self.text_scale != 1
+        )
 
-    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> AdaIN | None:
+    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Content]:
         line, frame = situation.line, situation.frame
         anchor, stored = self.first(line.image), line.stored
         unread = anchor == line.image if self.bank is None else stored is None
-        if not self.match or unread or any("image" not in side for side in (frame.queries, frame.keys)):
-            return None
+        if unread or any("image" not in side for side in (frame.queries, frame.keys)):
+            return ()
+        texts = tuple((one.start, one.stop) for one in frame.keys.ranges if one.name.startswith(_WORDS) and len(one))
+        scaled = (ScaledKeys(texts, self.text_scale),) if texts and self.text_scale != 1 else ()
+        if not self.match:
+            return scaled
         # values do not turn
         standing = places() if {"query", "key"} & set(self.match) else None
         query, key = ((side["image"].start, side["image"].stop) for side in (frame.queries, frame.keys))
         told = (tuple(self.match), (query, key), self.strength, standing)
         if self.bank is None or stored is None:
-            return OfRow(*told, anchor - line.image)
-        return OfBank(*told, self.bank, Entry("", -1, stored[0], 0))
+            return (OfRow(*told, anchor - line.image), *scaled)
+        return (OfBank(*told, self.bank, Entry("", -1, stored[0], 0)), *scaled)
 
     def pools_with(self, image: int) -> int | None:
         return self.first(image) if self.norms else None
@@ -103,6 +116,24 @@ class ShareStyle(Share):
 
     def reading(self, q: Group) -> bool:
         return super().reading(q) or (self.texts and q.kind in _TEXTS)
+
+
+@dataclass(frozen=True)
+class ScaledKeys:
+    """Keys of some tokens [start, stop) times a number, and so their scores: a temperature, which turns as they do."""
+
+    spans: tuple[tuple[int, int], ...]
+    scale: float
+
+    def __call__(self, own: States, batch: States, rows: Tensor) -> States:
+        key = own.key
+        for start, stop in self.spans:
+            key = key.slice_scatter(key[:, :, start:stop] * self.scale, 2, start, stop)
+        return own._replace(key=key)
+
+    def explain(self) -> str:
+        """How much."""
+        return f"keys of texts times {self.scale:g}"
 
 
 @dataclass(frozen=True)

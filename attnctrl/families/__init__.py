@@ -15,7 +15,7 @@ from ..content import Standing
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures, Slots
 from ..rotary import Rotary
-from ..select import Layer
+from ..select import Layer, Presets
 from .reader import Reader
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "insert",
     "joint",
     "noisiest",
+    "spread",
     "sizes_of",
     "stacks",
     "still",
@@ -109,7 +110,7 @@ class Family:
     append_text: Callable[[Arguments, Tensor], Arguments]
     branches: tuple[str, ...] = ("cond", "uncond")
     batch: tuple[str, ...] = ()
-    presets: Mapping[str, Callable[[Mapping[str, int]], str]] = field(default_factory=dict)
+    presets: Presets = field(default_factory=dict)
     position: Callable[[Arguments, Slots], Arguments] | None = None
     shadows: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     hidden: str = "hidden_states"
@@ -171,6 +172,19 @@ def stacks(*parts: tuple[str, str, str, str]) -> Callable[[nn.Module], tuple[Lay
         return tuple(found)
 
     return find
+
+
+def spread(chosen: Sequence[int], depth: int, counts: Mapping[str, int], *stacks: str) -> tuple[str, ...]:
+    """The selector of blocks that were chosen in a model of `depth` blocks, counted through these stacks; of a model of
+    another depth the blocks at the same parts of it."""
+    total = sum(counts[stack] for stack in stacks)
+    places = sorted({round(one * (total - 1) / (depth - 1)) for one in chosen})
+    found, begin = [], 0
+    for stack in stacks:
+        mine = [str(place - begin) for place in places if begin <= place < begin + counts[stack]]
+        found += [f"{stack}:{','.join(mine)}"] if mine else []
+        begin += counts[stack]
+    return tuple(found)
 
 
 def joint(*order: str, registers: int = 0) -> Callable[[nn.Module, Measures], Frames]:
