@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -59,6 +60,8 @@ class Share(Joined):
             model's. One coin for each layer and step, the same for all pictures and branches (StoryDiffusion).
         weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w. With
             readers="anchors" also one for each anchor, with a bank one for each of its pictures.
+        own: >= 0: how often the own image tokens of those who read others count; 0 leaves them the others' alone, as if
+            their keys and values took the place of the own ones. `strength` s makes it 1 - s + s * own.
         positions: in models with rotary positions, where the others seem to stand: "keep", on the same places; with
             "apart" side by side, the n-th to the right of n - 1 others, so that positions do not collide (AlignedGen,
             arXiv 2509.17088).
@@ -78,6 +81,7 @@ class Share(Joined):
     seed: int = 0
     query_ratio: float = field(default=1.0, kw_only=True)
     gate: float = field(default=1.0, kw_only=True)
+    own: float = field(default=1.0, kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
     bank: Bank | None = field(default=None, kw_only=True, metadata={CODE_ONLY: True})
 
@@ -97,6 +101,11 @@ class Share(Joined):
         for name in ("ratio", "query_ratio", "gate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ControlError(f"'{self.name}': {name} must be in (0, 1]; found {getattr(self, name)}.")
+        self._check_range("own", 0, 1000)
+        if self.own != 1 and self.query_ratio < 1:
+            raise ControlError(
+                f"'{self.name}': own={self.own:g} is of tokens that read others; leave query_ratio at 1."
+            )
         if self.bank is not None and (self.readers, self.group) != (type(self).readers, None):
             raise ControlError(
                 f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
@@ -157,7 +166,8 @@ class Share(Joined):
                 f"'{self.name}' has {len(self.weights)} weights, and the bank keeps {self.bank.pictures} pictures. "
                 "Give one for all, or one for each."
             )
-        parts = [situation.tabulate(self._sees)]
+        there = tuple(group for group in situation.keys[1] if group.kind == "shared")
+        parts = [situation.tabulate(partial(self._sees, there))]
         if self.ratio < 1:
             parts.append(self._drawn(situation))
         if self.query_ratio < 1:
@@ -172,9 +182,15 @@ class Share(Joined):
         known = situation.regions or any(bool(held.any()) for held in situation.shared.values())
         return (self.tokens, self.queries) != ("all", "all") and not known
 
-    def _sees(self, q: Group, k: Group) -> float:
-        if k.kind != "shared":
+    def _sees(self, there: Sequence[Group], q: Group, k: Group) -> float:
+        """With which weight q sees k, where `there` is what there is of others."""
+        if k.kind == "shared":
+            return self._reads(q, k)
+        if self.own == 1 or k.kind != "image" or not any(self._reads(q, other) for other in there):
             return 1.0
+        return 1 - self.strength + self.strength * self.own
+
+    def _reads(self, q: Group, k: Group) -> float:
         held = {"all": True, "subject": bool(k.members), "background": not k.members}[self.tokens]
         reads = {
             "all": True,

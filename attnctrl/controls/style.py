@@ -85,8 +85,10 @@ class ShareStyle(Share):
 
     @property
     def is_idle(self) -> bool:
-        return self.strength == 0 or is_empty(self.window) or not (
-            self.match or any(self.weights) or self.norms or self.text_scale != 1
+        return (
+            self.strength == 0
+            or is_empty(self.window)
+            or not (self.match or any(self.weights) or self.norms or self.text_scale != 1)
         )
 
     def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Content]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "Text",
     "all_families",
     "append_to",
+    "as_given",
     "at_zero",
     "crossed",
     "encode_alone",
@@ -137,7 +138,7 @@ class Family:
         """The frames of a forward: one for all rows, or one per row."""
         measures = self.measure(model, arguments)
         rows = (measures,) if isinstance(measures, Measures) else measures
-        return tuple(self.arrange(model, row) for row in rows)
+        return tuple(replace(self.arrange(model, row), corner=row.corner) for row in rows)
 
 
 def sizes_of(value: Text) -> tuple[Any, ...]:
@@ -148,6 +149,11 @@ def sizes_of(value: Text) -> tuple[Any, ...]:
 def still(model: Any, frames: Frames) -> tuple[float, ...]:
     """Of models whose tokens do not turn: positions are added to the picture before the first block."""
     return ()
+
+
+def as_given(model: Any, frames: Frames) -> tuple[float, ...]:
+    """Of models that are given places with each forward; they count from zero where nothing was run yet."""
+    return frames.corner or (0.0,) * len(model.config.axes_dims_rope)
 
 
 def at_zero(model: Any, frames: Frames) -> tuple[float, ...]:

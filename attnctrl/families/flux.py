@@ -17,7 +17,7 @@ from ..errors import LayoutError
 from ..layout import Measures
 from ..region import Grid, by
 from ..rotary import Rotary
-from . import Arguments, Family, at_zero, joint, spread, stacks
+from . import Arguments, Family, as_given, joint, spread, stacks
 from .reader import Reader
 
 _SAME = 1e-3
@@ -39,7 +39,8 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     if not pictures or pictures[0][0] != 0:
         raise LayoutError("FLUX image ids begin with axis 0 = 0 for the latents; these img_ids do not.")
     text = arguments["encoder_hidden_states"].shape[1]
-    return Measures(text, pictures[0][1], tuple(grid for _, grid in pictures[1:]))
+    references = tuple(grid for _, grid in pictures[1:])
+    return Measures(text, pictures[0][1], references, corner=tuple(ids[0].double().tolist()))
 
 
 def rasters(ids: Tensor) -> list[tuple[float, Grid]]:
@@ -149,5 +150,5 @@ FLUX = Family(
     count=count_tokens,
     readers=(Reader("tokenizer_2"),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
-    corner=at_zero,
+    corner=as_given,
 )

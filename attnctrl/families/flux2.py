@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..layout import Measures, Slots
 from ..rotary import Rotary
-from . import Arguments, Family, append_to, flux, joint, stacks
+from . import Arguments, Family, append_to, as_given, flux, joint, stacks
 from .reader import Reader
 
 _MOST = 512
@@ -98,5 +98,5 @@ FLUX2 = Family(
     rotary=lambda model: Rotary(
         ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
     ),
-    corner=lambda model, frames: (0.0, 0.0, 0.0, 0.0),
+    corner=as_given,
 )

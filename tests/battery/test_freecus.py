@@ -57,7 +57,9 @@ def test_equals_the_papers_formula_and_what_is_no_subject_has_no_influence(famil
 
 def test_a_reference_of_another_size_keeps_its_own_places() -> None:
     """Out of a bank, whose keys were rotated on a grid of their own; texts are scaled there too."""
-    small = Setting(tiny.flux(), tiny.flux_inputs(grid=(2, 4)), [replace(flux().calls[0], grid=(2, 4))] * 4, grid=(2, 4))
+    small = Setting(
+        tiny.flux(), tiny.flux_inputs(grid=(2, 4)), [replace(flux().calls[0], grid=(2, 4))] * 4, grid=(2, 4)
+    )
     bank = ac.Bank()
     with attached(small, ac.Keep(SUBJECT, bank=bank, tokens="subject")), probe() as captured:
         small.run()
