@@ -18,7 +18,7 @@ from .controls.base import scenes_of
 from .controls.lamic import Hubs
 from .errors import ControlError
 from .families import family_of
-from .presets_sets import SETS
+from .presets_sets import SETS, diffuhaul
 from .region import Overlap, Region
 from .schedule import Window
 
@@ -230,6 +230,7 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "alignedgen": alignedgen,
     "freecus": freecus,
     **SETS,
+    "diffuhaul": diffuhaul,
 }
 
 

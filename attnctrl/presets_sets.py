@@ -1,4 +1,4 @@
-"""Stacks of controls for sets of pictures with the same subjects or the same scene, under the names of their methods.
+"""Stacks of controls for pictures with the same subjects or the same scene, under the names of their methods.
 
 Regions are one list per picture: where its subjects are, each under its name. What differs from the papers, and why, is
 told in docs/subjects.md.
@@ -225,7 +225,6 @@ SETS: Mapping[str, Callable[..., list[Control]]] = {
     "storysync": storysync,
     "scene": scene,
     "ir-diffusion": ir_diffusion,
-    "diffuhaul": diffuhaul,
 }
 
 CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {

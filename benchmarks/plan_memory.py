@@ -1,7 +1,7 @@
 """Memory of plans for FLUX.1 at full size, on the meta device: `python benchmarks/plan_memory.py`.
 
-A dense mask of T tokens takes T^2 bytes, and the additive one in bfloat16 that kernels are given 2 T^2 more. The published
-code of AlignedGen makes one of [B, heads, T + N, T + 2 N] in every layer that shares.
+A dense mask of T tokens takes T^2 bytes, and the additive one in bfloat16 that kernels are given 2 T^2 more. The
+published code of AlignedGen makes one of [B, heads, T + N, T + 2 N] in every layer that shares.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ PICTURES, TEXT, GRID, HEADS, DEPTH = 4, 512, (64, 64), 24, 128
 def measure_sharing() -> list[dict[str, Any]]:
     """A row for each style: what one layer of a set of four at 1024 x 1024 holds, in bytes.
 
-    `plan_bytes` between calls; `peak_bytes` while it attends in bfloat16, beyond queries, keys, values and the output of
-    the model's own call; `mask_bytes` of the published code, and `joined_bytes` of the keys and values that it joins.
+    `plan_bytes` between calls; `peak_bytes` while it attends in bfloat16, beyond queries, keys, values and the output
+    of the model's own call; `mask_bytes` of the published code, `joined_bytes` of the keys and values that it joins.
     """
     with torch.device("meta"):
         model = FluxTransformer2DModel()

@@ -106,7 +106,11 @@ def move(
 
 
 def _boxes(subject: Region, to: Sequence[float]) -> tuple[Box, Box]:
-    """The subject's box, and that at its new place. Raises `ControlError` where there is none, or it leaves the picture."""
+    """The subject's box, and that at its new place.
+
+    Raises:
+        ControlError: there is none, or it leaves the picture.
+    """
     if subject.box is None:
         raise ControlError(f"'{subject.label}' has no box; give Region(box=...) around what is to be moved.")
     if len(to) not in (2, 4):
@@ -129,11 +133,11 @@ def _noises(pipe: Any, seed: int, grid: Grid, boxes: tuple[Box, Box]) -> Tensor:
     moved = cells[:, :, moved_cells(*boxes, grid)].unflatten(2, grid)
     both = torch.cat([noise, torch.nn.functional.pixel_shuffle(moved, cell)])
     made: Tensor = ADAPTERS[str(stock_name(pipe, tuple(ADAPTERS)))].pack(pipe, both)
-    return made.to(device=pipe._execution_device, dtype=parts_of(pipe)[0].dtype)
+    return made.to(device=pipe._execution_device, dtype=next(parts_of(pipe)[0].parameters()).dtype)
 
 
 def moved_cells(source: Box, target: Box, grid: Grid) -> Tensor:
-    """int64 [cells]: which cell each becomes when those of one box go to another of its size and the rest makes room."""
+    """int64 [cells]: which cell each becomes when those of one box go to another of its size, and others make room."""
     old, new = (_cells(box, grid) for box in (source, target))
     order = torch.arange(grid[0] * grid[1])
     if len(old) != len(new):
