@@ -19,7 +19,20 @@ from .layout import Frames
 from .region import Grid
 from .rotary import Rotary, Trig
 
-__all__ = ["Content", "Places", "RowContents", "Standing", "States", "adain", "changed", "moments", "places_of"]
+__all__ = [
+    "Content",
+    "Moments",
+    "Places",
+    "RowContents",
+    "Standing",
+    "States",
+    "adain",
+    "changed",
+    "matched",
+    "moments",
+    "moments_before",
+    "places_of",
+]
 
 _EPSILON = 1e-5
 
@@ -137,12 +150,21 @@ def places_of(rotary: Rotary, corner: Sequence[float], grid: Grid, device: torch
     return Places(rotary, positions.to(device))
 
 
-def moments(states: Tensor) -> tuple[Tensor, Tensor]:
+Moments = tuple[Tensor, Tensor]
+"""Mean and standard deviation [..., 1, D] of the tokens of states."""
+
+
+def moments(states: Tensor) -> Moments:
     """Mean and standard deviation [..., 1, D] over the tokens of [..., T, D], unbiased, with 1e-5 under the root."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     # a single token has no spread
     variance = exact.var(dim=-2, keepdim=True, correction=min(1, states.shape[-2] - 1))
     return exact.mean(dim=-2, keepdim=True), (variance + _EPSILON).sqrt()
+
+
+def moments_before(states: Tensor, places: Places | None) -> Moments:
+    """The moments of image tokens [..., T, D] as they were before positions; None where they have not turned."""
+    return moments(states if places is None else places.undone(states))
 
 
 def adain(states: Tensor, model: Tensor, strength: float = 1.0) -> Tensor:
@@ -151,6 +173,11 @@ def adain(states: Tensor, model: Tensor, strength: float = 1.0) -> Tensor:
     AdaIN(x, y) = (x - mean(x)) / std(x) * std(y) + mean(y), the way there by `strength`; statistics in float32 or
     better, the result in the dtype of `states`.
     """
-    (mean, std), (aim, spread) = moments(states), moments(model)
+    return matched(states, moments(model), strength)
+
+
+def matched(states: Tensor, model: Moments, strength: float = 1.0) -> Tensor:
+    """`states` [..., T, D] with these moments, which broadcast; as `adain`."""
+    (mean, std), (aim, spread) = moments(states), model
     exact = states.to(mean.dtype)
     return torch.lerp(exact, (exact - mean) / std * spread + aim, strength).to(states.dtype)

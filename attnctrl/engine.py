@@ -21,6 +21,7 @@ from .families import Family, family_of, sizes_of
 from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
+from .norms import Norms
 from .place import Branches, Place, rows_of, skipped_blocks
 from .region import Region
 from .report import arrived, left
@@ -111,6 +112,7 @@ class Engine:
         self._place = Place(self.family)
         self._guidance = Guidance(self.family, self.model)
         self._wraps = Wraps(self.family, model, self.layers, self.tap.shares_caches)
+        self._norms = Norms(model)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
         self._pending: Due | None = None
         self._warned: set[str] = set()
@@ -226,6 +228,7 @@ class Engine:
         """
         pending, self._pending = self._pending, None
         self._wraps.take(finished)
+        self._norms.take()
         if not finished:
             return
         for entry in self.entries:
@@ -289,6 +292,7 @@ class Engine:
             own = [row for row, _ in acting]
             acts = watched(acts, self.stack, own, variants, watching, made, moment, device, lambda: self._identity)
         self._warn_of_masks(acts)
+        self._norms.put(self.stack.pooled(acting), len(acting))
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "Fit", "Fitting", "around", "fitted", "repeats"]
+from .region import Grid
+
+__all__ = ["Box", "Fit", "Fitting", "around", "fitted", "repeats", "token_box"]
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), half-open, in any unit: shares of a picture, tokens, pixels."""
@@ -53,6 +56,13 @@ def around(boxes: Sequence[Box]) -> Box:
     """The smallest box around all of them."""
     x0, y0, x1, y1 = zip(*boxes, strict=True)
     return min(x0), min(y0), max(x1), max(y1)
+
+
+def token_box(held: Tensor, grid: Grid) -> Box:
+    """The box around tokens bool [image tokens], in tokens; the same in all frames of a film."""
+    cells = held[: prod(grid[-2:])].view(grid[-2:])
+    rows, columns = (cells.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
 def repeats(cells: int, scale: float) -> Tensor:

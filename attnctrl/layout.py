@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,7 +22,8 @@ class Measures:
 
     `padding` are tokens that fill this row up to the longest of its batch, in models that pack each row by itself.
     `fixed`: the text must keep its length, so further texts take the place of its last tokens, which are zeros.
-    `closed`: why the model can take no further texts at all; empty when it can.
+    `closed`: why the model can take no further texts at all; empty when it can. `corner`: where the first image token
+    stands, in models that are given places with each forward; () in others.
     """
 
     text: int
@@ -31,6 +32,7 @@ class Measures:
     padding: int = 0
     fixed: bool = False
     closed: str = ""
+    corner: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of one forward by name; layers name theirs. The first is the one that reports speak of."""
+    """The frames of one forward by name; layers name theirs. The first is the one that reports speak of. `corner` is
+    that of `Measures`."""
 
     items: tuple[tuple[str, Frame], ...]
+    corner: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, **frames: Frame) -> Frames:
@@ -241,4 +245,4 @@ class Frames:
 
     def with_texts(self, texts: Sequence[tuple[str, int]]) -> Frames:
         """All frames after texts were appended to the prompt."""
-        return Frames(tuple((name, frame.with_texts(texts)) for name, frame in self.items))
+        return replace(self, items=tuple((name, frame.with_texts(texts)) for name, frame in self.items))

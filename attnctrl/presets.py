@@ -18,7 +18,7 @@ from .controls.base import scenes_of
 from .controls.lamic import Hubs
 from .errors import ControlError
 from .families import family_of
-from .presets_sets import SETS
+from .presets_sets import SETS, diffuhaul
 from .region import Overlap, Region
 from .schedule import Window
 
@@ -28,6 +28,7 @@ __all__ = [
     "alignedgen",
     "alternating",
     "default_preset",
+    "freecus",
     "lamic",
     "lamic_fixed",
     "layout",
@@ -194,6 +195,22 @@ def alignedgen(regions: Any = (), **fields: Any) -> list[Control]:
     return _styled("alignedgen", {**own, **_without_regions(regions, fields)})
 
 
+def freecus(regions: Any, *, overlap: Overlap = "union", scale: float = 1.1, **fields: Any) -> list[Control]:
+    """FreeCus (arXiv 2507.15249): the subject of the first picture, read in the family's "vital" layers, its keys and
+    those of texts scaled by 1.1, texts reading it too; nothing is matched, and nobody stands apart.
+
+    The first picture is a reference: `attnctrl.pipelines.canvas.pinned_pictures` shows it at every level, with
+    cleaner=odds_map(mu) of the run's own shift mu, which is the paper's, or a bank holds it (`bank=...`).
+
+    Args:
+        regions: one list per picture: where the subject is in the first, none in the others; with a bank none at all.
+        scale: lambda, of both.
+        fields: of `ShareStyle`.
+    """
+    own = {"tokens": "subject", "match": (), "layers": "vital", "texts": True, "scale": scale, "text_scale": scale}
+    return _styled("freecus", {"regions": regions, "overlap": overlap, **own, **fields})
+
+
 def _without_regions(regions: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     if any(regions):
         raise ControlError("Presets of styles share whole pictures and take no regions; leave them out.")
@@ -211,7 +228,9 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
     "references": references,
     "style-aligned": style_aligned,
     "alignedgen": alignedgen,
+    "freecus": freecus,
     **SETS,
+    "diffuhaul": diffuhaul,
 }
 
 

@@ -1,4 +1,4 @@
-"""Stacks of controls for sets of pictures with the same subjects or the same scene, under the names of their methods.
+"""Stacks of controls for pictures with the same subjects or the same scene, under the names of their methods.
 
 Regions are one list per picture: where its subjects are, each under its name. What differs from the papers, and why, is
 told in docs/subjects.md.
@@ -6,22 +6,26 @@ told in docs/subjects.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from .attach import parts_of
 from .controls import Control, Harmonize, Isolate, Regions, Reposition, Share
 from .controls.base import scenes_of
 from .controls.reposition import Mode
 from .families import family_of
-from .region import Overlap
+from .region import Overlap, Region, coverage
 from .schedule import Window
+from .select import Selector
 
 __all__ = [
     "CHOSEN",
     "SETS",
     "chosen_options",
     "consistory",
+    "diffuhaul",
     "ir_diffusion",
     "scene",
     "storydiffusion",
@@ -161,6 +165,62 @@ def ir_diffusion(
         Share(regions, tokens="subject", queries="same", query_ratio=query_ratio, seed=seed, layers="shared", **told),
         Reposition(mode=reposition, layers="shared"),
     ]
+
+
+def diffuhaul(
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    layers: Selector = "shared",
+    own: float = 0.0,
+    anchoring: float = 0.2,
+    copying: Window = (0.2, 0.8),
+    copied: float = 0.8,
+    reposition: Mode | None = None,
+    group: int | None = None,
+) -> list[Control]:
+    """DiffUHaul (arXiv 2406.01594), as we read it: the first picture's subjects and ground, drawn again elsewhere.
+
+    Its parts are the paper's: attention masked between each subject and the rest, keys and values of the first picture
+    in place of the own ones, outputs anchored to those of the first picture, later copied from the tokens that match
+    there. Nobody published its windows, layers and shares, nor whether anchoring moves what it anchors; here outputs of
+    a subject are taken along to its new place, those of the ground stay, and what the subject left is the model's.
+
+    Args:
+        regions: one list per picture: where the subjects are in the first, and in the others.
+        layers: in which all of it acts.
+        own: weight of the own image tokens beside those of the first picture, see `Share`.
+        anchoring: part of the run: all the way in its first half, half the way in its second.
+        copying, copied: when outputs are copied from matching tokens, and how far.
+        reposition: how keys of subjects are moved along, see `Reposition`; "rope" for rotary models.
+    """
+    scenes = scenes_of(regions, "regions")
+    told: dict[str, Any] = {"overlap": overlap, "layers": layers, **_read(1, group)}
+    carried: dict[str, Any] = {**told, "branch": "all", "temperature": 0.0}
+    parted = [_with_rest(scene, [scene], "rest") for scene in scenes]
+    # the first picture is left alone; through the prompt a subject would come back to where it stood
+    masked = [[] if number % (group or len(scenes)) == 0 else scene for number, scene in enumerate(parted)]
+    stack: list[Control] = [
+        Isolate(masked, overlap=overlap, hub="source", text=False, branch="all", layers=layers),
+        Share(parted, own=own, **told),
+    ]
+    if reposition is not None:
+        stack.append(Reposition(mode=reposition, layers=layers))
+    half, grounded = anchoring / 2, [_with_rest(scene, scenes, "ground") for scene in scenes]
+    if anchoring:
+        for share, window in ((1.0, (0.0, half)), (0.5, (half, anchoring))):
+            carried_along = {**carried, "features": "place", "floor": 0.0}
+            stack.append(Harmonize(grounded, strength=share, window=window, **carried_along))
+    if copied:
+        stack.append(Harmonize(scenes, strength=copied, window=copying, features="out", floor=-1.0, **carried))
+    return stack
+
+
+def _with_rest(scene: Sequence[Region], covering: Sequence[Sequence[Region]], name: str) -> list[Region]:
+    """The regions of a picture, and one of this name of all that the scenes `covering` do not cover, if anything."""
+    squares = [coverage(region, (64, 64)) for one in covering for region in one]
+    left = 1 - torch.stack(squares).amax(0) if squares else torch.ones(64, 64)
+    return [*scene, *([Region(mask=left, name=name)] if bool((left > 0).any()) else [])]
 
 
 SETS: Mapping[str, Callable[..., list[Control]]] = {

@@ -29,7 +29,7 @@ from .errors import SelectionError
 __all__ = ["Layer", "Selector", "describe", "select"]
 
 Selector = str | Sequence[str] | None
-Presets = Mapping[str, Callable[[Mapping[str, int]], str]]
+Presets = Mapping[str, Callable[[Mapping[str, int]], "str | tuple[str, ...]"]]
 
 _EVERY = re.compile(r"([^:]+)/([1-9]\d*)")
 _SPAN = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")

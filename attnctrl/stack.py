@@ -17,6 +17,7 @@ from .errors import ControlError
 from .execute import ExecutionPlan, Host
 from .execute.tokens import TokenSet
 from .guidance import Guide
+from .norms import Pooled
 from .output import Contrasting, Output, RowOutputs
 from .region import by
 from .schedule import Moment, is_active, is_full
@@ -132,6 +133,26 @@ class Stack(Situations):
             control.check_bank(identity(), moment, branch)
         return bool(read)
 
+    def pooled(self, acting: Sequence[tuple[Row, tuple[int, ...]]]) -> tuple[Pooled, ...]:
+        """Rows that are normalised together with others while these seats act, which is noted on the seats.
+
+        Raises:
+            ControlError: when two controls pool one row.
+        """
+        found: list[Pooled] = []
+        for number, (row, seats) in enumerate(acting):
+            controls = [(self.seats[i], self.seats[i].control.pools_with(row.image)) for i in seats]
+            asked = [(seat, other) for seat, other in controls if other not in (None, row.image)]
+            if len(asked) > 1:
+                raise ControlError(
+                    f"{' and '.join(seat.control.name for seat, _ in asked)} both share GroupNorms; leave that to one "
+                    "of them, or give them windows or branches of their own."
+                )
+            for seat, other in asked:
+                found.append(Pooled(number, number - row.image + int(other or 0), seat.control.strength))
+                seat.plans.add(f"GroupNorms pooled with those of the picture {row.image - int(other or 0)} before")
+        return tuple(found)
+
     def acting(self, variant: Variant, layer: Layer, present: Presence) -> tuple[int, ...]:
         """Of a variant's active seats, those that act in a layer's call."""
         calling = (i for i in variant.active if not self.seats[i].control.wraps)
@@ -203,7 +224,7 @@ class Stack(Situations):
             return Rows(tokens, moves, at)
         grid = situation.frame.grid
         for held, move in zip(bank.held(frame), made, strict=True):
-            if move is not None and held.grid != grid:
+            if move is not None and move.turn is not None and held.grid != grid:
                 raise ControlError(
                     f"'{sharing.name}': pictures of the bank have a grid of {by(held.grid)} tokens and this one "
                     f"{by(grid or ())}, so they do not stand side by side. Leave positions='keep', or capture this "
@@ -257,8 +278,7 @@ class Stack(Situations):
             return ()
         situation = self.situation(variant, layer.frame)
         places = partial(self.standing.places, variant.frames, layer.frame, device)
-        made = (control.content(situation, layer, places) for control in asked)
-        return tuple(one for one in made if one is not None)
+        return tuple(one for control in asked for one in control.content(situation, layer, places))
 
     def hidden(self, variant: Variant, acting: tuple[int, ...]) -> frozenset[int]:
         """Regions whose text is in the sequence while no control of a layer shows it."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .call import Act, Row
+from .content import Places
 from .errors import ControlError
 from .layout import Frames
 from .schedule import Moment
@@ -38,6 +39,7 @@ class View:
         identity: () -> which model this is, see `attnctrl.bank.identity`.
         holders: (number of one of its rows, frame) -> (names of the declared regions of its scene, bool [regions,
             image tokens]: who holds each token of its picture).
+        places: (number of one of its rows, frame) -> where its image tokens stand, see `Standing.places`.
     """
 
     layers: tuple[Layer, ...]
@@ -50,6 +52,7 @@ class View:
     device: torch.device
     identity: Callable[[], Mapping[str, str]]
     holders: Callable[[int, str], tuple[tuple[str, ...], Tensor]]
+    places: Callable[[int, str], Places | None]
 
 
 def watched(
@@ -95,6 +98,9 @@ def watched(
         def holders(row: int, frame: str, own: Sequence[Variant] = own) -> tuple[tuple[str, ...], Tensor]:
             return stack.holders(own[row], frame)
 
+        def places(row: int, frame: str, own: Sequence[Variant] = own) -> Places | None:
+            return stack.standing.places(own[row].frames, frame, device)
+
         view = View(
             layers=tuple(layer for layer in stack.layers if layer.name in seat.layers),
             rows=slice(mine[0], mine[-1] + 1),
@@ -106,6 +112,7 @@ def watched(
             device=device,
             identity=identity,
             holders=holders,
+            places=places,
         )
         for name, probe in seat.control.probes(view).items():
             act, numbers = result.get(name) or _bare(calls[name], own[0])

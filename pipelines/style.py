@@ -4,6 +4,9 @@ pipe = StylePipeline.from_pretrained("toy-sd")
 for number, picture in enumerate(pipe(["a red circle", "a blue star", "a green heart"], "white background")):
     picture.save(f"{number}.png")
 pipe(["a red circle"], picture="poster.jpg", picture_prompt="a poster of a harbour")
+
+pipe.keep(bank := Bank("bfloat16", "cpu"), "a red circle, in ink").save("ink.safetensors")
+pipe(["a blue star, in ink"], bank=Bank.load("ink.safetensors", pipe.pipe))
 """
 
 from __future__ import annotations
@@ -24,11 +27,14 @@ from attnctrl.scene import MAX_SEED, Scene
 if TYPE_CHECKING:
     import torch
 
-    from attnctrl.controls import Control
+    from attnctrl.bank import Bank
+    from attnctrl.controls import Control, Share
 
 __all__ = ["StylePipeline"]
 
 _RECORDED = ("prompts", "negative_prompts", "seeds")
+_ANCHORS = frozenset({"picture", "bank"})
+"""What a record tells of an anchor that is no picture of the set."""
 
 
 class StylePipeline(Wrapper):
@@ -39,6 +45,9 @@ class StylePipeline(Wrapper):
 
     With `picture` a real picture is the anchor: its row is held on that picture at every noise level, under noise that
     stays the same, and what the model draws there is dropped.
+
+    With `bank` the anchor is a picture that `keep` has looked at before, in this process or in another one: it has no
+    row, and costs nothing but what is read of it.
     """
 
     def __call__(
@@ -51,6 +60,7 @@ class StylePipeline(Wrapper):
         picture_prompt: str = "",
         picture_seed: int | None = None,
         cleaner: float = 0.0,
+        bank: Bank | None = None,
         preset: str | None = None,
         controls: Sequence[Control] | None = None,
         batch: int | None = None,
@@ -64,10 +74,10 @@ class StylePipeline(Wrapper):
         progress: Progress | None = None,
         **options: Any,
     ) -> list[ScenePicture]:
-        """One picture for each prompt; the first is the anchor, if no picture is.
+        """One picture for each prompt; the first is the anchor, if no picture is and no bank holds one.
 
         Args:
-            prompts: what each picture shows; two or more, with a picture one or more.
+            prompts: what each picture shows; two or more, with a picture or a bank one or more.
             style: words that all have in common, added behind each prompt; with "{}" it is put around the prompt.
             negative_prompt: what guidance moves away from; one for all, or one for each (then none for `picture`).
             picture: whose style is taken, PIL picture or path; of other proportions the middle of it.
@@ -76,11 +86,12 @@ class StylePipeline(Wrapper):
                 that no picture of the set starts from that very noise.
             cleaner: how much less noisy than the run: mu >= 0 makes the odds of its noise e^(-2 mu) times as large
                 (FreeCus, arXiv 2507.15249).
+            bank: with the anchor that `keep` filled it with, for the same model, size, steps and guidance.
             preset: name of a stack of controls, see `attnctrl.presets`; if left out, what was measured best on the
                 model's family.
             controls: instead of a preset, controls that act on each batch, whose first picture is the anchor; [] for
                 none.
-            batch: so many pictures are drawn at once, the anchor included; all of them if left out.
+            batch: so many pictures are drawn at once, the anchor included where it has a row; all if left out.
             width, height, num_inference_steps, guidance_scale, true_cfg_scale: the model's own where left out.
             generator: gives the seeds of the pictures; a list gives one of each.
             seeds: of the pictures: the first, from which they count up (0 if left out), or all of them.
@@ -94,23 +105,16 @@ class StylePipeline(Wrapper):
             SelectionError: layers that the model does not have.
             SceneError: a prompt that the model would cut off, or settings that it does not have.
         """
-        from attnctrl.attach import as_controls
-        from attnctrl.presets import preset as stack_of
-        from attnctrl.presets import style as measured
-
-        told = told_prompts(prompts, style, picture is None)
+        told = told_prompts(prompts, style, picture is None and bank is None)
         if picture is None and (picture_prompt or picture_seed is not None or cleaner):
             raise ControlError("picture_prompt, picture_seed and cleaner are of a picture; give picture=... with them.")
         if picture is not None and not picture_prompt.strip():
             raise ControlError("The model reads what the picture shows; give picture_prompt, such as 'a poster'.")
-        if batch is not None and batch < 2:
-            raise ControlError(f"batch must be 2 or more, as the anchor is in every one; found {batch}.")
-        if controls is not None and (preset is not None or options):
-            raise ControlError("Give controls, or a preset and its options, not both.")
-        if controls is not None:
-            acting = list(as_controls(controls))
-        else:
-            acting = stack_of(preset, **options) if preset else measured(self.pipe, **options)
+        if picture is not None and bank is not None:
+            raise ControlError("Both a picture and a bank would give the style; give one of them.")
+        if batch is not None and batch < (least := 2 if bank is None else 1):
+            raise ControlError(f"batch must be {least} or more{', with the anchor' * (bank is None)}; found {batch}.")
+        acting = self._acting(preset, controls, options)
         negatives = per_text(negative_prompt, len(told), "negative_prompt")
         common = {
             **keys_of(width, height, num_inference_steps, guidance_scale, true_cfg_scale),
@@ -122,6 +126,8 @@ class StylePipeline(Wrapper):
         ]
         self.check_texts(scenes, "prompt")
         drawn = seeds_of(seeds, generator, len(scenes), 1)
+        if bank is not None:
+            return self._recalling(scenes, drawn, acting, bank, batch, progress)
         if picture is None:
             return self._set(scenes, drawn, acting, batch, progress)
         avoided = negative_prompt if isinstance(negative_prompt, str) else ""
@@ -132,16 +138,85 @@ class StylePipeline(Wrapper):
         own = seeds_of([MAX_SEED if picture_seed is None else picture_seed], None, 1, 1)
         return self._set([shown, *scenes], [*own, *drawn], acting, batch, progress, anchor)
 
+    def keep(
+        self,
+        bank: Bank,
+        prompt: str,
+        negative_prompt: str = "",
+        *,
+        picture: Any = None,
+        cleaner: float = 0.0,
+        preset: str | None = None,
+        controls: Sequence[Control] | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        seed: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[ScenePicture]:
+        """Draw an anchor and keep its style in a bank, for sets that are drawn later with `bank`.
+
+        Kept are image keys and values, and moments of queries, keys and values, in the layers, steps and branches in
+        which the control that shares pictures acts; `Keep(...).predict` tells the size before.
+
+        Args:
+            bank: an empty one, which says in which dtype and where; `bank.save` writes it.
+            prompt: what the anchor shows, all its words; of a picture what it shows.
+            negative_prompt, width, height, num_inference_steps, guidance_scale, true_cfg_scale: as of the sets.
+            picture, cleaner: a real picture as the anchor, as above.
+            preset, controls, options: as of the sets.
+            seed: of the anchor's noise; if left out 0, and of a picture the last one that there is.
+            progress: called after every step with (steps done, steps in all).
+
+        Returns:
+            the anchor as it was drawn; [] for a real picture.
+
+        Raises:
+            ControlError: the bank holds something, or not exactly one control shares pictures; else as above.
+        """
+        from attnctrl.controls import Keep
+
+        if bank.entries:
+            raise ControlError(f"The bank is not empty ({bank!r}); give a new one, or clear() it.")
+        acting = self._acting(preset, controls, options)
+        sharing = _sharing(acting)
+        others = [one for one in acting if one is not sharing]
+        held = Keep(bank=bank, moments=True, layers=sharing.layers, window=sharing.window, branch=sharing.branch)
+        told = {
+            **keys_of(width, height, num_inference_steps, guidance_scale, true_cfg_scale),
+            "controls": entries_of(acting),
+        }
+        (text,) = told_prompts([prompt], "", False)
+        scene = Scene.from_dict({**told, "prompt": text, "negative_prompt": negative_prompt}, None, "anchor")
+        self.check_texts([scene], "anchor")
+        settings = self.settings(scene)
+        anchor = (
+            None if picture is None else Anchor.read(picture, (settings.width, settings.height), self.pipe, cleaner)
+        )
+        if anchor is None and cleaner:
+            raise ControlError("cleaner is of a picture; give picture=... with it.")
+        first = seed if seed is not None else MAX_SEED if anchor is not None else 0
+        seeds = seeds_of([first], None, 1, 1)
+        with nullcontext() if anchor is None else anchor.held(self.pipe, first):
+            drawn = self.draw([scene], seeds, [*others, held], bool(others), progress)
+        own = _recorded([scene], seeds)
+        return [replace(one, record={**one.record, "set": own}) for one in drawn] if anchor is None else []
+
     def again(
         self,
         record: Mapping[str, Any],
         progress: Progress | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
+        bank: Bank | None = None,
     ) -> ScenePicture:
         """The picture of a record (`attnctrl.provenance.read`), drawn again with its whole batch: to the bit.
 
         Args:
             files: that belong to the record (`attnctrl.provenance.carried`); the anchor, if it is a picture.
+            bank: that holds the anchor, if a bank did.
 
         Raises:
             ControlError: the record is not one of a set, or its anchor is missing.
@@ -149,7 +224,7 @@ class StylePipeline(Wrapper):
         from attnctrl.controls import Control
 
         told = record.get("set")
-        if not isinstance(told, Mapping) or not set(_RECORDED) <= set(told) <= {*_RECORDED, "picture"}:
+        if not isinstance(told, Mapping) or not set(_RECORDED) <= set(told) <= {*_RECORDED, *_ANCHORS}:
             raise ControlError("The record is not that of a picture of a set; draw it with ScenePipeline.")
         # rounding depends on the batch
         rows = record.get("batch", {**told, "row": len(told["seeds"]) - 1})
@@ -157,9 +232,52 @@ class StylePipeline(Wrapper):
         own = record["scene"]
         scenes = [Scene.from_dict({**own, "prompt": text, "negative_prompt": negative}) for text, negative in pairs]
         acting = [Control.from_dict(entry) for entry in own.get("controls", ())]
+        if "bank" in told:
+            return self._recalling(scenes, [told["seeds"]], acting, _same_bank(told["bank"], bank), None, progress)[0]
         anchor = Anchor.recorded(told["picture"], files) if "picture" in told else None
         drawn = self._set(scenes, [[seed] for seed in rows["seeds"]], acting, None, progress, anchor)
         return drawn[rows["row"] - (anchor is not None)]
+
+    def _acting(
+        self, preset: str | None, controls: Sequence[Control] | None, options: Mapping[str, Any]
+    ) -> list[Control]:
+        """What acts on each batch. Raises `ControlError` where controls and a preset are given."""
+        from attnctrl.attach import as_controls
+        from attnctrl.presets import preset as stack_of
+        from attnctrl.presets import style as measured
+
+        if controls is not None and (preset is not None or options):
+            raise ControlError("Give controls, or a preset and its options, not both.")
+        if controls is not None:
+            return list(as_controls(controls))
+        return stack_of(preset, **options) if preset else measured(self.pipe, **options)
+
+    def _recalling(
+        self,
+        scenes: Sequence[Scene],
+        seeds: Sequence[Sequence[int]],
+        acting: Sequence[Control],
+        bank: Bank,
+        batch: int | None,
+        progress: Progress | None,
+    ) -> list[ScenePicture]:
+        """The pictures of scenes that read a bank, each by itself."""
+        from attnctrl.bank.identity import digest_of
+
+        sharing, digest = _sharing(acting), digest_of(bank)
+        controls = [replace(sharing, bank=bank) if one is sharing else one for one in acting]
+        each = batch or len(scenes)
+        starts = range(0, len(scenes), each)
+        pictures: list[ScenePicture] = []
+        for done, start in enumerate(starts):
+            part = slice(start, start + each)
+            drawn = self.draw(scenes[part], seeds[part], controls, True, _counted(progress, done, len(starts)))
+            made = [_recorded([scene], [own]) for scene, own in zip(scenes[part], seeds[part], strict=True)]
+            pictures += [
+                replace(one, record={**one.record, "set": {**told, "bank": digest}})
+                for one, told in zip(drawn, made, strict=True)
+            ]
+        return pictures
 
     def _set(
         self,
@@ -204,6 +322,31 @@ class StylePipeline(Wrapper):
         return pictures
 
 
+def _sharing(acting: Sequence[Control]) -> Share:
+    """The control by which pictures are shared. Raises `ControlError` where there is not exactly one."""
+    from attnctrl.controls import Share
+
+    found = [one for one in acting if isinstance(one, Share)]
+    if len(found) != 1:
+        raise ControlError(
+            f"A bank keeps what one control shares, such as ShareStyle; found {len(found)} of them "
+            f"({', '.join(one.name for one in acting) or 'no controls at all'}). Give controls with one."
+        )
+    return found[0]
+
+
+def _same_bank(digest: str, bank: Bank | None) -> Bank:
+    """The bank that a record names. Raises `ControlError` where it is missing or another one."""
+    from attnctrl.bank.identity import digest_of
+
+    if bank is None or digest_of(bank) != digest:
+        raise ControlError(
+            f"The style of this picture is in a bank (sha256 {digest[:16]}...), and "
+            f"{'none was given' if bank is None else 'the one that was given is another'}. Give bank=Bank.load(path)."
+        )
+    return bank
+
+
 def told_prompts(prompts: Sequence[str], style: str, alone: bool) -> list[str]:
     """The prompts with the words of the style; `alone`: their first picture gives it.
 
@@ -214,7 +357,7 @@ def told_prompts(prompts: Sequence[str], style: str, alone: bool) -> list[str]:
     if alone and len(listed) < 2:
         raise ControlError(
             f"A set has two prompts or more, the first of which gives the style (or one and more, and a picture=... "
-            f"that does); found {len(listed)}."
+            f"or a bank=... that does); found {len(listed)}."
         )
     if not listed:
         raise ControlError("There are no prompts; give one for each picture that is to have the style of `picture`.")

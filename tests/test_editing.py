@@ -196,6 +196,7 @@ def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     for block in found:
         exec(block, names)
-    assert len(found) == 2
+    assert len(found) == 3
+    assert names["found"].box == (0.375, 0.125, 1.0, 0.875)
     assert provenance.read(tmp_path / "edited.png")["settings"]["prompt"] == names["edit"].record["settings"]["prompt"]
     assert names["part"].layers == names["bank"].layers

@@ -180,7 +180,7 @@ def test_flux_layout_from_ids(pictures: list[tuple[int, ...]], references: list[
         "encoder_hidden_states": torch.zeros(1, 7, 4),
     }
     layout = measure(None, arguments)
-    assert layout == Measures(7, (4, 3), tuple(references))
+    assert layout == Measures(7, (4, 3), tuple(references), corner=(0.0, 0.0, 0.0))
     assert measure(None, {**arguments, "img_ids": image_ids[None]}) == layout
 
 

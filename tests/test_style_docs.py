@@ -14,9 +14,10 @@ from attnctrl import provenance
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_of_styles_runs() -> None:
+def test_the_page_of_styles_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    first, second, third = blocks("style.md")
+    first, second, third, fourth, fifth = blocks("style.md")
     exec(first, names)
     assert [one.seed for one in names["pictures"]] == [1, 2, 3]
     assert "share_style" in names["pictures"][1].report
@@ -27,6 +28,11 @@ def test_the_page_of_styles_runs() -> None:
     assert len(names["styled"]) == 2
     again, styled = (np.asarray(one.image).astype(int) for one in (names["again"], names["styled"][0]))
     assert np.abs(again - styled).max() <= 1
+    exec(fourth, names)
+    assert len(names["kept"]) == 2
+    assert names["kept"][0].record["set"]["bank"]
+    exec(fifth, names)
+    assert names["drawn"].size == (64, 64)
 
 
 def test_the_example_draws_ten_icons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Banks as files: one safetensors file, with a JSON header in its metadata. No pickles; whole or not at all.
 
-Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8, "place|<number>|tokens" and
-"place|<number>|member" for the places that the header lists, and "sigmas" for the noise levels of the run.
+Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8 and "|moments" where they are
+kept, "place|<number>|tokens" and "place|<number>|member" for the places that the header lists, and "sigmas" for the
+noise levels of the run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
 _KEY = "attnctrl.bank"
-_SCALE = "scale"
+_FURTHER = ("scale", "moments")
+"""Of what is packed, beside the states."""
 _SIGMAS = "sigmas"
 
 
@@ -37,9 +39,9 @@ def save(bank: Bank, path: str | Path) -> Path:
     # as a tensor, since models that begin without signal have an infinite one, which JSON has not
     tensors = {_SIGMAS: torch.tensor(bank.sigmas, dtype=torch.float64)}
     for entry, packed in bank.entries.items():
-        tensors["|".join(map(str, entry))] = packed.states
-        if packed.scale is not None:
-            tensors["|".join((*map(str, entry), _SCALE))] = packed.scale
+        name = "|".join(map(str, entry))
+        tensors[name] = packed.states
+        tensors |= {f"{name}|{part}": one for part in _FURTHER if (one := getattr(packed, part)) is not None}
     places = []
     for number, ((frame, picture), held) in enumerate(bank.places.items()):
         places.append({"frame": frame, "picture": picture, "grid": held.grid, "names": held.names})
@@ -92,11 +94,12 @@ def _filled(bank: Bank, told: dict[str, Any], tensors: dict[str, Tensor]) -> Ban
         index, member = (tensors.pop(f"place|{number}|{part}").cpu() for part in ("tokens", "member"))
         held = Held(tuple(place["grid"]), index, tuple(place["names"]), member)
         bank.places[place["frame"], place["picture"]] = held
-    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(f"|{_SCALE}")}
+    further = {name: tensors.pop(name) for name in list(tensors) if name.endswith(tuple(f"|{x}" for x in _FURTHER))}
     found: dict[Entry, Packed] = {}
     for name, states in tensors.items():
         layer, step, branch, picture = name.split("|")
-        found[Entry(layer, int(step), branch, int(picture))] = Packed(states, scales.get(f"{name}|{_SCALE}"))
+        parts = (further.get(f"{name}|{part}") for part in _FURTHER)
+        found[Entry(layer, int(step), branch, int(picture))] = Packed(states, *parts)
     order = {layer: number for number, layer in enumerate(told["layers"])}
     for entry in sorted(found, key=lambda entry: (entry.step, order[entry.layer], entry.branch, entry.picture)):
         bank.add(entry, found[entry])

@@ -1,15 +1,19 @@
-"""Which model keys belong to: its class, its configuration, and a digest of some of its weights."""
+"""Which model keys belong to: class, configuration, a digest of some of its weights; and which bank is which."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-__all__ = ["differing", "identity_of"]
+if TYPE_CHECKING:
+    from .store import Bank
+
+__all__ = ["differing", "digest_of", "identity_of"]
 
 _PARAMETERS = 16
 _NUMBERS = 256
@@ -34,13 +38,27 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return [name for name in names if name != "weights" or (one[name] and other.get(name))]
 
 
+def digest_of(bank: Bank) -> str:
+    """sha256 of all that a bank holds: equal for a bank and the one that is loaded from its file."""
+    digest = hashlib.sha256(repr((bank.sigmas, bank.every, bank.tokens, sorted(bank.model.items()))).encode())
+    for entry, packed in sorted(bank.entries.items()):
+        digest.update(repr(tuple(entry)).encode())
+        for one in (packed.states, packed.scale, packed.moments):
+            digest.update(b"" if one is None else _bytes(one))
+    return digest.hexdigest()
+
+
 def _weights(parameters: Mapping[str, torch.Tensor]) -> str:
     if not parameters or any(one.is_meta for one in parameters.values()):
         return ""
     digest = hashlib.sha256("\n".join(f"{name} {tuple(one.shape)}" for name, one in parameters.items()).encode())
     for one in list(parameters.values())[:: max(1, len(parameters) // _PARAMETERS)]:
-        digest.update(one.detach().flatten()[:_NUMBERS].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(one.flatten()[:_NUMBERS]))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _digest(data: bytes) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedModelError
-from .packing import packed_bytes
+from .packing import moments_bytes, packed_bytes
 
 if TYPE_CHECKING:
     from ..controls.keep import Keep
@@ -23,7 +23,7 @@ class Need:
     """What a capture will keep.
 
     Attributes:
-        nbytes: of keys and values.
+        nbytes: of keys and values, and of moments where they are kept.
         layers: number of layers.
         share: of their image tokens, the share that is kept, mean over layers and pictures.
         steps: those that are kept.
@@ -99,21 +99,22 @@ def predict(
     ]
     each, shares = 0, []
     for layer in layers:
-        channels, heads = key_sizes(layer.module)
+        channels, heads, queries = key_sizes(layer.module)
+        told = moments_bytes(channels, queries, dtype) if keep.moments else 0
         tokens = frames[layer.frame].keys.grid
         for picture in range(rows):
             scene = picture * stack.scenes // pictures
             names = tuple(region.label for region in stack.regions(scene))
             held = held_of(keep.tokens, tokens, names, stack.member(scene, tokens))
-            each += packed_bytes(len(held.tokens), channels, heads, keep.bank.dtype, dtype)
+            each += packed_bytes(len(held.tokens), channels, heads, keep.bank.dtype, dtype) + told
             shares.append(len(held.tokens) / torch.Size(tokens).numel())
     count = branches if keep.branch == "all" else 1
     share = sum(shares) / len(shares) if shares else 0.0
     return Need(each * len(kept) * count, len(layers), share, kept, count, rows)
 
 
-def key_sizes(module: Any) -> tuple[int, int]:
-    """(channels of all heads, heads) of the keys that an attention module makes.
+def key_sizes(module: Any) -> tuple[int, int, int]:
+    """(channels of all heads, heads) of the keys that an attention module makes, and channels of its queries.
 
     Raises:
         UnsupportedModelError: when it does not tell.
@@ -125,4 +126,4 @@ def key_sizes(module: Any) -> tuple[int, int]:
             f"{type(module).__name__} does not tell the size of its keys (to_q, to_k, heads), so what a bank will take "
             "cannot be told. Capture one step and look at bank.nbytes."
         )
-    return key, key // (query // heads)
+    return key, key // (query // heads), query

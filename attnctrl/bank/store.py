@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -143,7 +143,7 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, and of moments."""
         return sum(one.nbytes for one in self.entries.values())
 
     def __repr__(self) -> str:
@@ -170,8 +170,11 @@ class Bank:
                 "Use a bank of its own for each, or clear() this one."
             )
 
-    def put(self, entry: Entry, frame: str, held: Held, key: Tensor, value: Tensor) -> None:
-        """Keep a layer's key and value [heads, image tokens, head_dim] of a picture, of the tokens `held`.
+    def put(
+        self, entry: Entry, frame: str, held: Held, key: Tensor, value: Tensor, moments: Tensor | None = None
+    ) -> None:
+        """Keep a layer's key and value [heads, image tokens, head_dim] of a picture, of the tokens `held`; and the
+        moments of all its tokens, see `Packed`.
 
         Raises:
             ControlError: when the place is taken, or the picture had another size or other tokens before.
@@ -189,7 +192,10 @@ class Bank:
                 "each, or clear() it."
             )
         tokens = held.tokens.to(key.device)
-        self.add(entry, pack(key.index_select(1, tokens), value.index_select(1, tokens), self.dtype, self.device))
+        packed = pack(key.index_select(1, tokens), value.index_select(1, tokens), self.dtype, self.device)
+        if moments is not None:
+            packed = replace(packed, moments=moments.to(packed.states.device))
+        self.add(entry, packed)
 
     def add(self, entry: Entry, packed: Packed) -> None:
         """Keep what is packed already."""

@@ -132,14 +132,14 @@ class Control:
         """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
         return {}
 
-    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Content | None:
-        """Its part in the content stage of a layer: what becomes of queries, keys and values; None leaves them alone.
+    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Content]:
+        """Its part in the content stage of a layer: what becomes of queries, keys and values; () leaves them alone.
 
         Args:
             places: where the layer's image tokens stand; None where the model does not turn them. Asking raises
                 `UnsupportedModelError` for models of which that is not known.
         """
-        return None
+        return ()
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Output | None:
         """Its part in the output stage of a layer: what becomes of the executed call; None leaves it alone."""
@@ -165,6 +165,10 @@ class Control:
     @property
     def recalls(self) -> Bank | None:
         """The bank that is read: by sharing controls in place of other pictures of the batch."""
+        return None
+
+    def pools_with(self, image: int) -> int | None:
+        """The picture of its branch with whose statistics an image's GroupNorms are pooled; None leaves them alone."""
         return None
 
     def check_bank(self, model: Mapping[str, str], moment: Moment, branch: str | None) -> None:

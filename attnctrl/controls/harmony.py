@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..call import Situation
 from ..errors import ControlError
+from ..fitting import fitted, token_box
 from ..output import Executed
 from ..region import Grid
 from ..schedule import Window
@@ -25,7 +26,7 @@ from .joined import Joined
 
 __all__ = ["Features", "Harmonize"]
 
-Features = Literal["query", "key", "value"]
+Features = Literal["query", "key", "value", "out", "place"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,10 @@ class Harmonize(Joined):
 
     Attributes:
         readers, anchors, group: who takes in whom, see `Joined`.
-        features: f, all heads side by side: "query", "key" or "value" of the layer. In models with rotary positions
-            queries and keys hold their place as well, values never.
+        features: f, all heads side by side: "query", "key" or "value" of the layer, or what it gives out ("out"). In
+            models with rotary positions queries and keys hold their place as well, values never. With "place" tokens
+            match that stand at the same place of the subject, its box there put onto its box here; c is 1 / (1 + d^2)
+            of their distance d in tokens.
         radius: f is the mean over so many tokens to each side, as far as they are the subject's; 0 takes f itself.
         floor: in [-1, 1]; matches with a cosine up to it are none.
         temperature: of the weights; 0 takes the best picture alone, as ConsiStory does.
@@ -64,6 +67,8 @@ class Harmonize(Joined):
         self._check_choice("features", Features)
         self._check_range("floor", -1, 1)
         self._check_range("temperature", 0, float("inf"), open_end=True)
+        if self.features == "place" and self.radius:
+            raise ControlError(f"'{self.name}': radius is of features, and places have none; leave it at 0.")
         if not isinstance(self.radius, int) or self.radius < 0:
             raise ControlError(f"'{self.name}': radius must be a whole number from 0 on; found {self.radius!r}.")
 
@@ -100,10 +105,10 @@ class Harmony:
         rows = torch.arange(len(batch.out), device=device) if call.rows is None else call.rows
         place = self.situation.frame.queries["image"]
         span, grid = slice(place.start, place.stop), self.situation.frame.queries.grid
-        states: Tensor = getattr(batch, control.features)
 
         def described(of: Tensor, held: Tensor) -> Tensor:
             """Unit features [b, tokens of the subject, channels]."""
+            states: Tensor = getattr(batch, control.features)
             found = states[of, :, span].float().transpose(1, 2).flatten(2)
             found = found if control.radius == 0 else _smoothed(found, held, grid, control.radius)
             return torch.nn.functional.normalize(found[:, held], dim=-1)
@@ -113,7 +118,10 @@ class Harmony:
         for other, pair in self.pairs.items():
             at = rows - self.situation.line.image + other
             held = pair.any(0).to(device)
-            likeness = described(rows, own) @ described(at, held).mT
+            if control.features == "place":
+                likeness = self._nearness(other).to(device)[own][:, held].expand(len(rows), -1, -1)
+            else:
+                likeness = described(rows, own) @ described(at, held).mT
             likeness = likeness.masked_fill(~pair.to(device)[own][:, held], float("-inf"))
             best, where = likeness.max(-1)
             outputs = batch.out[at, :, span][:, :, held].float()
@@ -126,6 +134,22 @@ class Harmony:
         after = (1 - control.strength) * before.float() + control.strength * mixed
         where = own.nonzero().flatten() + place.start
         return call.out.index_copy(2, where, torch.where(kept, after.to(call.out.dtype), before))
+
+    def _nearness(self, other: int) -> Tensor:
+        """float32 [tokens, tokens]: 1 / (1 + d^2) of each token from those of another picture's subject of its name,
+        once the boxes of tokens lie upon each other; 0 for those of no subject."""
+        grid = self.situation.frame.queries.grid
+        cells = torch.cartesian_prod(*(torch.arange(float(side), dtype=torch.float64) for side in grid))
+        found = torch.zeros(len(cells), len(cells))
+        for mine, theirs in zip(self.situation.member, self.situation.shared[other][:-1], strict=True):
+            if not bool(mine.any()) or not bool(theirs.any()):
+                continue
+            fitting = fitted(token_box(mine, grid), token_box(theirs, grid), "stretch")
+            there = cells.clone()
+            there[:, -2:] += fitting.shift(cells[:, -2:])
+            near = 1 / (1 + torch.cdist(there, cells).square())
+            found = torch.where(mine[:, None] & theirs, near.float().maximum(found), found)
+        return found
 
     def explain(self) -> str:
         """Share, features and pictures."""

@@ -73,10 +73,10 @@ class Inject(Control):
         self._branch(checked_branch(branch))
         self.bank.nearest_step(moment.sigma)
 
-    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Injected | None:
+    def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Injected]:
         line, frame = situation.line, situation.frame
         if line.stored is None or not is_kept_layer(frame):
-            return None
+            return ()
         kept = self.bank.held(layer.frame)
         if len(kept) not in (1, line.images):
             raise ControlError(
@@ -91,7 +91,7 @@ class Inject(Control):
                 "at the size of the picture, or capture it at this one."
             )
         entry = Entry("", -1, self._branch(line.stored[0]), picture)
-        return Injected(tuple(self.states), self.bank, entry, held, frame.keys["image"].start, self.strength)
+        return (Injected(tuple(self.states), self.bank, entry, held, frame.keys["image"].start, self.strength),)
 
     def _branch(self, branch: str) -> str:
         """The branch of the bank that serves this one. Raises `ControlError` when there is none."""

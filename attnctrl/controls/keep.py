@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank, Entry, Held, checked_branch
+from ..bank.packing import joined
 from ..call import Probe
+from ..content import Places, moments_before
 from ..errors import ControlError, LayoutError, PlanError, ScheduleError
 from ..execute import Kernel
 from ..layout import Frame
@@ -43,6 +45,9 @@ class Keep(Regional):
         tokens: which image tokens: "all", those of subjects, or those of no subject.
         pictures: the first so many of each branch; None keeps all.
         every: every so many steps of the run, from the first on; they stand for the steps that follow them.
+        moments: mean and standard deviation of queries, keys and values of all image tokens, as they were before their
+            positions, are kept as well: a style that `ShareStyle(bank=...)` matches. Little: of each layer as much as
+            three tokens of float32.
     """
 
     name: ClassVar[str] = "keep"
@@ -52,6 +57,7 @@ class Keep(Regional):
     tokens: Tokens = field(default="all", kw_only=True)
     pictures: int | None = field(default=None, kw_only=True)
     every: int = field(default=1, kw_only=True)
+    moments: bool = field(default=False, kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -84,6 +90,7 @@ class Keep(Regional):
         Raises:
             ScheduleError: when the step of the forward is unknown.
             ControlError: when the bank holds something else, or a branch is unknown.
+            UnsupportedModelError: when moments are kept, and the model's positions are not known.
         """
         step = view.moment.step
         if step is None:
@@ -111,7 +118,9 @@ class Keep(Regional):
                     names, member = view.holders(number, layer.frame)
                     held[key] = held_of(self.tokens, frame.keys.grid, names, member)
                 entry = Entry(layer.name, step, branch, image)
-                captures.append(Capture(view.rows.start + number, frame.keys["image"].start, entry, held[key]))
+                begins = frame.keys["image"].start, frame.queries["image"].start
+                places = view.places(number, layer.frame) if self.moments else None
+                captures.append(Capture(view.rows.start + number, *begins, entry, held[key], self.moments, places))
             found[layer.name] = LayerCapture(self.bank, layer, view.batch, tuple(captures))
         return found
 
@@ -140,12 +149,35 @@ def held_of(tokens: Tokens, grid: Grid, names: tuple[str, ...], member: Tensor) 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """One row of the batch: its number, where its image begins among the keys, and what is kept of it."""
+    """One row of the batch, and what is kept of it.
+
+    Attributes:
+        row: its number.
+        keys, queries: where its image begins among them.
+        entry, held: under what, and which tokens.
+        moments: these are kept too.
+        places: where its image tokens stand, for the moments; None where they do not turn.
+    """
 
     row: int
-    begin: int
+    keys: int
+    queries: int
     entry: Entry
     held: Held
+    moments: bool = False
+    places: Places | None = None
+
+    def look(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Key and value [heads, image tokens, head_dim] of its row of a call, and its moments, if asked for."""
+        tokens = prod(self.held.grid)
+        starts = (self.queries, self.keys, self.keys)
+        query, key, value = (
+            one[self.row, :, start : start + tokens] for one, start in zip((query, key, value), starts, strict=True)
+        )
+        if not self.moments:
+            return key, value, None
+        standing = (self.places, self.places, None)  # values do not turn
+        return key, value, joined([*map(moments_before, (query, key, value), standing)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +202,11 @@ class LayerCapture:
     ) -> None:
         """Keep one call. Raises `PlanError` when its rows or tokens are others than the layout says."""
         for one in self.captures:
-            end = one.begin + prod(one.held.grid)
+            end = one.keys + prod(one.held.grid)
             if key.shape[0] != self.batch or key.shape[2] < end:
                 raise PlanError(
                     f"'keep' expects {self.batch} rows of {end} keys and more in layer {self.layer.name}, but the "
                     f"kernel got {key.shape[0]} of {key.shape[2]}: another hook or processor splits the batch or "
                     "changes the sequence. Leave this layer out of its `layers`."
                 )
-            mine = key[one.row, :, one.begin : end], value[one.row, :, one.begin : end]
-            self.bank.put(one.entry, self.layer.frame, one.held, *mine)
+            self.bank.put(one.entry, self.layer.frame, one.held, *one.look(query, key, value))

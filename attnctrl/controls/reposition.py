@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..call import Situation
 from ..errors import ControlError, UnsupportedModelError
-from ..fitting import Box, Fit, Fitting, around, fitted, repeats
+from ..fitting import Box, Fit, Fitting, around, fitted, repeats, token_box
 from ..region import Region, extent
 from ..rotary import Rotary
 from ..sources import Move
@@ -121,7 +120,7 @@ class Reposition(Control):
         height, width = _grid(situation)
         weight = torch.ones(situation.shared[other].shape[1] // (height * width), height, width, dtype=torch.float64)
         for held, fitting in self._fittings(situation, other, _boxes):
-            x0, y0, x1, y1 = map(int, _box(held, situation))
+            x0, y0, x1, y1 = map(int, token_box(held, _grid(situation)))
             rows, columns = (
                 repeats(cells, scale) for cells, scale in zip((y1 - y0, x1 - x0), fitting.scale, strict=True)
             )
@@ -178,12 +177,4 @@ def _extents(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
 def _boxes(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
     """The same of the tokens that are a subject's."""
     held = situation.shared[other][number], situation.member[number]
-    return _box(held[0], situation), _box(held[1], situation)
-
-
-def _box(held: Tensor, situation: Situation) -> Box:
-    """The box around tokens bool [image tokens], the same in all frames of a film."""
-    grid = _grid(situation)
-    cells = held[: prod(grid)].view(grid)
-    rows, columns = (cells.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return token_box(held[0], _grid(situation)), token_box(held[1], _grid(situation))

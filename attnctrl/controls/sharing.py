@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -58,7 +59,9 @@ class Share(Joined):
         gate: in (0, 1], how likely pictures are shared at a step in a layer; elsewhere and else the layer is the plain
             model's. One coin for each layer and step, the same for all pictures and branches (StoryDiffusion).
         weight: w > 0: how often each of them counts (log-weight log w); `strength` s makes it s * w. With
-            readers="anchors" also one for each anchor.
+            readers="anchors" also one for each anchor, with a bank one for each of its pictures.
+        own: >= 0: how often the own image tokens of those who read others count; 0 leaves them the others' alone, as if
+            their keys and values took the place of the own ones. `strength` s makes it 1 - s + s * own.
         positions: in models with rotary positions, where the others seem to stand: "keep", on the same places; with
             "apart" side by side, the n-th to the right of n - 1 others, so that positions do not collide (AlignedGen,
             arXiv 2509.17088).
@@ -78,6 +81,7 @@ class Share(Joined):
     seed: int = 0
     query_ratio: float = field(default=1.0, kw_only=True)
     gate: float = field(default=1.0, kw_only=True)
+    own: float = field(default=1.0, kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
     bank: Bank | None = field(default=None, kw_only=True, metadata={CODE_ONLY: True})
 
@@ -87,7 +91,7 @@ class Share(Joined):
             self._check_choice(name, choices)
         if not isinstance(self.weight, (int, float)):
             object.__setattr__(self, "weight", tuple(self.weight))
-            if self.readers != "anchors" or len(self.weights) != self.anchors:
+            if self.bank is None and (self.readers != "anchors" or len(self.weights) != self.anchors):
                 raise ControlError(
                     f"'{self.name}': a weight for each anchor wants readers='anchors' and as many weights as anchors; "
                     f"found readers={self.readers!r}, anchors={self.anchors} and {len(self.weights)} weights."
@@ -97,7 +101,12 @@ class Share(Joined):
         for name in ("ratio", "query_ratio", "gate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ControlError(f"'{self.name}': {name} must be in (0, 1]; found {getattr(self, name)}.")
-        if self.bank is not None and (self.readers, self.group) != ("all", None):
+        self._check_range("own", 0, 1000)
+        if self.own != 1 and self.query_ratio < 1:
+            raise ControlError(
+                f"'{self.name}': own={self.own:g} is of tokens that read others; leave query_ratio at 1."
+            )
+        if self.bank is not None and (self.readers, self.group) != (type(self).readers, None):
             raise ControlError(
                 f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
                 "group say nothing. Leave them out."
@@ -109,7 +118,7 @@ class Share(Joined):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """One for all pictures that are read, or one for each anchor."""
+        """One for all pictures that are read, or one for each of them."""
         return (self.weight,) if isinstance(self.weight, (int, float)) else tuple(self.weight)
 
     @property
@@ -152,7 +161,13 @@ class Share(Joined):
                 f"'{self.name}' reads tokens='{self.tokens}', but the bank keeps tokens='{self.bank.tokens}' alone. "
                 "Give Share the tokens that Keep had, or keep 'all'."
             )
-        parts = [situation.tabulate(self._sees)]
+        if self.bank is not None and len(self.weights) not in (1, self.bank.pictures):
+            raise ControlError(
+                f"'{self.name}' has {len(self.weights)} weights, and the bank keeps {self.bank.pictures} pictures. "
+                "Give one for all, or one for each."
+            )
+        there = tuple(group for group in situation.keys[1] if group.kind == "shared")
+        parts = [situation.tabulate(partial(self._sees, there))]
         if self.ratio < 1:
             parts.append(self._drawn(situation))
         if self.query_ratio < 1:
@@ -167,9 +182,15 @@ class Share(Joined):
         known = situation.regions or any(bool(held.any()) for held in situation.shared.values())
         return (self.tokens, self.queries) != ("all", "all") and not known
 
-    def _sees(self, q: Group, k: Group) -> float:
-        if k.kind != "shared":
+    def _sees(self, there: Sequence[Group], q: Group, k: Group) -> float:
+        """With which weight q sees k, where `there` is what there is of others."""
+        if k.kind == "shared":
+            return self._reads(q, k)
+        if self.own == 1 or k.kind != "image" or not any(self._reads(q, other) for other in there):
             return 1.0
+        return 1 - self.strength + self.strength * self.own
+
+    def _reads(self, q: Group, k: Group) -> float:
         held = {"all": True, "subject": bool(k.members), "background": not k.members}[self.tokens]
         reads = {
             "all": True,

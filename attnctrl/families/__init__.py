@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -15,7 +15,7 @@ from ..content import Standing
 from ..errors import LayoutError, UnsupportedModelError
 from ..layout import Frame, Frames, Layout, Measures, Slots
 from ..rotary import Rotary
-from ..select import Layer
+from ..select import Layer, Presets
 from .reader import Reader
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Text",
     "all_families",
     "append_to",
+    "as_given",
     "at_zero",
     "crossed",
     "encode_alone",
@@ -36,6 +37,7 @@ __all__ = [
     "joint",
     "noisiest",
     "sizes_of",
+    "spread",
     "stacks",
     "still",
     "text_limit",
@@ -118,7 +120,7 @@ class Family:
     append_text: Callable[[Arguments, Tensor], Arguments]
     branches: tuple[str, ...] = ("cond", "uncond")
     batch: tuple[str, ...] = ()
-    presets: Mapping[str, Callable[[Mapping[str, int]], str]] = field(default_factory=dict)
+    presets: Presets = field(default_factory=dict)
     position: Callable[[Arguments, Slots], Arguments] | None = None
     shadows: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     hidden: str = "hidden_states"
@@ -147,7 +149,7 @@ class Family:
         """The frames of a forward: one for all rows, or one per row."""
         measures = self.measure(model, arguments)
         rows = (measures,) if isinstance(measures, Measures) else measures
-        return tuple(self.arrange(model, row) for row in rows)
+        return tuple(replace(self.arrange(model, row), corner=row.corner) for row in rows)
 
 
 def sizes_of(value: Text) -> tuple[Any, ...]:
@@ -158,6 +160,11 @@ def sizes_of(value: Text) -> tuple[Any, ...]:
 def still(model: Any, frames: Frames) -> tuple[float, ...]:
     """Of models whose tokens do not turn: positions are added to the picture before the first block."""
     return ()
+
+
+def as_given(model: Any, frames: Frames) -> tuple[float, ...]:
+    """Of models that are given places with each forward; they count from zero where nothing was run yet."""
+    return frames.corner or (0.0,) * len(model.config.axes_dims_rope)
 
 
 def at_zero(model: Any, frames: Frames) -> tuple[float, ...]:
@@ -182,6 +189,19 @@ def stacks(*parts: tuple[str, str, str, str]) -> Callable[[nn.Module], tuple[Lay
         return tuple(found)
 
     return find
+
+
+def spread(chosen: Sequence[int], depth: int, counts: Mapping[str, int], *stacks: str) -> tuple[str, ...]:
+    """The selector of blocks that were chosen in a model of `depth` blocks, counted through these stacks; of a model of
+    another depth the blocks at the same parts of it."""
+    total = sum(counts[stack] for stack in stacks)
+    places = sorted({round(one * (total - 1) / (depth - 1)) for one in chosen})
+    found, begin = [], 0
+    for stack in stacks:
+        mine = [str(place - begin) for place in places if begin <= place < begin + counts[stack]]
+        found += [f"{stack}:{','.join(mine)}"] if mine else []
+        begin += counts[stack]
+    return tuple(found)
 
 
 def joint(*order: str, registers: int = 0) -> Callable[[nn.Module, Measures], Frames]:

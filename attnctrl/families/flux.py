@@ -17,7 +17,7 @@ from ..errors import LayoutError
 from ..layout import Measures
 from ..region import Grid, by
 from ..rotary import Rotary
-from . import TEXT_IMAGE, Arguments, Family, at_zero, joint, stacks
+from . import TEXT_IMAGE, Arguments, Family, as_given, joint, spread, stacks
 from .reader import Reader
 
 _SAME = 1e-3
@@ -39,7 +39,8 @@ def measure(model: Any, arguments: Arguments) -> Measures:
     if not pictures or pictures[0][0] != 0:
         raise LayoutError("FLUX image ids begin with axis 0 = 0 for the latents; these img_ids do not.")
     text = arguments["encoder_hidden_states"].shape[1]
-    return Measures(text, pictures[0][1], tuple(grid for _, grid in pictures[1:]))
+    references = tuple(grid for _, grid in pictures[1:])
+    return Measures(text, pictures[0][1], references, corner=tuple(ids[0].double().tolist()))
 
 
 def rasters(ids: Tensor) -> list[tuple[float, Grid]]:
@@ -120,6 +121,10 @@ def _middle(counts: Mapping[str, int]) -> str:
     return f"double:{index}" if index < counts["double"] else f"single:{index - counts['double']}"
 
 
+# the blocks without which pictures change most (Stable Flow, arXiv 2411.14430), in which FreeCus shares
+_VITAL = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)
+
+
 FLUX = Family(
     name="flux",
     models=("FluxTransformer2DModel",),
@@ -133,12 +138,18 @@ FLUX = Family(
     timestep=lambda arguments: 1000 * arguments["timestep"],
     sigma=lambda timestep: timestep / 1000,
     # of 38 single blocks: Seg2Any isolates regions in 0..18, AlignedGen shares in all, RF-Edit injects in 20..37
-    presets={"single-early": _early, "middle": _middle, "style": lambda counts: "single", "edit": _late},
+    presets={
+        "single-early": _early,
+        "middle": _middle,
+        "style": lambda counts: "single",
+        "edit": _late,
+        "vital": lambda counts: spread(_VITAL, 57, counts, "double", "single"),
+    },
     append_text=append_text,
     encode=encode_prompt,
     count=count_tokens,
     readers=(Reader("tokenizer_2"),),
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims_rope)),
-    corner=at_zero,
+    corner=as_given,
     returns={"double": TEXT_IMAGE, "single": TEXT_IMAGE},
 )

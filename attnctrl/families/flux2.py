@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..layout import Measures, Slots
 from ..rotary import Rotary
-from . import TEXT_IMAGE, Arguments, Family, append_to, flux, joint, stacks
+from . import TEXT_IMAGE, Arguments, Family, append_to, as_given, flux, joint, stacks
 from .reader import Reader
 
 _MOST = 512
@@ -98,7 +98,7 @@ FLUX2 = Family(
     rotary=lambda model: Rotary(
         ("picture", "y", "x", "text"), tuple(model.config.axes_dims_rope), model.config.rope_theta
     ),
-    corner=lambda model, frames: (0.0, 0.0, 0.0, 0.0),
+    corner=as_given,
     returns={"double": TEXT_IMAGE},
     fused=("single",),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Frame, Frames, Layout, Measures
-from . import TEXT_IMAGE, Arguments, Family, append_to, stacks, still
+from . import TEXT_IMAGE, Arguments, Family, append_to, spread, stacks, still
 from .reader import Reader
 
 
@@ -67,6 +67,8 @@ SD3 = Family(
     presets={
         "middle": lambda counts: f"joint:{counts['joint'] // 2}",
         "edit": lambda counts: f"joint:{counts['joint'] // 2}-{counts['joint'] - 1}",
+        # of 24; second-hand
+        "vital": lambda counts: spread((0, 7, 8, 9), 24, counts, "joint"),
     },
     pixels_per_token=16,
     timestep=lambda arguments: arguments["timestep"],

@@ -34,5 +34,4 @@ def _factor(features: np.ndarray) -> np.ndarray:
     centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
     if len(centred) <= centred.shape[1]:
         return centred
-    triangle: np.ndarray = np.linalg.qr(centred, mode="r")
-    return triangle
+    return np.asarray(np.linalg.qr(centred, mode="r"))

@@ -76,8 +76,8 @@ def always(control: Any) -> Any:
     return replace(control, window=(0.0, 1.0))
 
 
-STYLES = ("style-aligned", "alignedgen")
-"""They take no regions, and are tested where styles are."""
+STYLES = ("style-aligned", "alignedgen", "freecus")
+"""They take no regions, or those of a reference, and are tested where styles are."""
 
 
 @pytest.mark.parametrize("name", [name for name in presets.PRESETS if name not in STYLES])

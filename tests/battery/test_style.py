@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch import Tensor
 import attnctrl as ac
 from attnctrl.content import States, adain, moments
 from attnctrl.controls import Control
-from attnctrl.controls.style import AdaIN
+from attnctrl.controls.style import OfRow
 from attnctrl.families import family_of
 
 BATCH = 3
@@ -120,7 +123,20 @@ def test_equals_the_papers_formula_in_every_layer(case: Any) -> None:
 @pytest.mark.parametrize("name", PLACED)
 def test_states_are_turned_back_to_where_the_model_has_them_before_positions(name: str) -> None:
     """Keys of image tokens in the first layer, against what the model's own norm of keys gave."""
+    is_turned_back(FAMILIES[name]())
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
+def test_pictures_whose_ids_begin_elsewhere_are_turned_back_from_there(name: str) -> None:
+    """As those of tiles or canvases do: the corner is read off the forward's own ids, fractions of a token too."""
     setting = FAMILIES[name]()
+    ids = setting.inputs["img_ids"]
+    away = torch.tensor([0.0, 3.0, 7.5, 0.0])[: ids.shape[-1]]
+    setting.inputs["img_ids"] = ids + away
+    is_turned_back(setting)
+
+
+def is_turned_back(setting: Setting) -> None:
     family = family_of(setting.model)
     layer = next(one for one in family.layers(setting.model) if one.name.split(".")[0] != "context_refiner")
     kept: list[Tensor] = []
@@ -195,7 +211,7 @@ def test_only_what_is_shared_has_influence() -> None:
     (grad,) = torch.autograd.grad(call.out[0].double().square().sum(), call.value)
     assert (grad[1:] == 0).all()
     batch = States(*(getattr(call, name).detach().transpose(1, 2).requires_grad_() for name in States._fields))
-    content = AdaIN(("query",), ((5, 29), (5, 29)), -2, 1.0, None)
+    content = OfRow(("query",), ((5, 29), (5, 29)), 1.0, None, -2)
     found = content(States(*(x[2:].detach() for x in batch)), batch, torch.tensor([2]))
     assert torch.equal(found.query[:, :, :5], batch.query[2:, :, :5])
     (grad,) = torch.autograd.grad(found.query.square().sum(), batch.query)
@@ -308,3 +324,14 @@ def test_what_perturbs_attention_sees_what_was_matched() -> None:
         out = setting.run()
     with ac.attach(setting.model, alone[:1], branches=("cond",)):
         assert (setting.run() - out).abs().max() < 1e-5
+
+
+def test_sharing_of_flux_at_full_size_makes_no_mask() -> None:
+    """Four pictures of 1024 x 1024, one layer: the published code's mask takes 7.7 GB; the stored figures are ours."""
+    root = Path(__file__).parents[2] / "benchmarks"
+    measured = runpy.run_path(str(root / "plan_memory.py"))["measure_sharing"]()
+    assert json.loads((root / "results" / "plan-memory.json").read_text())["sharing"] == measured
+    assert [row["plan_bytes"] for row in measured] == [0, 0]
+    styled, plain = (row["peak_bytes"] / row["mask_bytes"] for row in measured)
+    assert styled < 0.07
+    assert plain < 0.04
