@@ -21,6 +21,7 @@ from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .place import Branches, Place, rows_of, skipped_blocks
+from .prefix import prefixes_of
 from .region import Region
 from .report import arrived, left
 from .schedule import Moment
@@ -197,7 +198,8 @@ class Engine:
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
         step = Step(moment, branches, rows, active)
         leads = not (skipped_blocks(arguments) or (self.tap.branch or "").endswith("_skip"))
-        self._guidance.begin(step, self.stack.guides(moment), leads)
+        guides = self.stack.guides(moment)
+        self._guidance.begin(step, guides, leads, functools.partial(prefixes_of, self, step, guides))
         return step
 
     @property
@@ -216,6 +218,7 @@ class Engine:
             SilentControlError: when a layer with an act called no kernel.
         """
         pending, self._pending = self._pending, None
+        self._guidance.ended(finished)
         if not finished:
             return
         for entry in self.entries:
@@ -223,7 +226,7 @@ class Engine:
         if pending is None:
             return
         acts, moment, left_out, acting = pending
-        unmet = self.tap.unmet()
+        unmet = [layer for layer in self.tap.unmet() if layer.name not in self._guidance.replayed]
         silent = [layer for layer in unmet if layer.name not in left_out]
         if silent and not self._caches_blocks():
             raise SilentControlError(

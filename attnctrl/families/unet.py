@@ -93,6 +93,8 @@ UNET = Family(
     append_text=append_to("encoder_attention_mask"),
     encode=encode_prompt,
     count=count_tokens,
+    lists=("down_blocks", "mid_block", "up_blocks"),
+    read_later=("down_blocks",),
     readers=(Reader(limit=lambda pipe: pipe.tokenizer.model_max_length),),
     corner=still,
 )

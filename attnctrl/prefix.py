@@ -1,0 +1,116 @@
+"""Which blocks a perturbed forward shares with the prompt's: those before the first layer that may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .families import Family
+from .guidance import PERTURBED, Guide, Step
+from .kernels import close_scope, open_scope
+from .replay import Prefix, Stretch
+from .select import Layer
+from .tap import Tap, hooks_of, is_compiled
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["lists_of", "prefixes_of", "stretches_before"]
+
+
+def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ...]]) -> dict[Guide, Prefix]:
+    """What the perturbed forward of each branch need not compute after a forward that holds the prompt's rows.
+
+    Args:
+        guides: branches, with the numbers of the seats that act in each beside those of "cond".
+    """
+    lists, found = lists_of(engine.family, engine.model), {}
+    hindered: dict[tuple[Stretch, ...], str] = {}
+    for guide, seats in guides.items():
+        opening = [engine.stack.seats[number] for number in seats if engine.stack.seats[number].control.guide == guide]
+        tell = partial(_tell, [seat.plans for seat in opening])
+        first = _parting(engine, step, seats)
+        stretches = stretches_before(first, lists, engine.family.read_later) if guide.replay else ()
+        reason = "" if stretches else f"{first.name} is in the first block" if guide.replay else "replay=False"
+        if stretches and stretches not in hindered:
+            hindered[stretches] = _obstacle(engine.tap, [name for one in stretches for name in one.blocks])
+        if reason := reason or hindered[stretches]:
+            stretches = ()
+        blocks = tuple(f"{name}." for one in stretches for name in one.blocks)
+        layers = frozenset(layer.name for layer in engine.layers if layer.name.startswith(blocks))
+        found[guide] = Prefix(stretches, sum(map(len, lists.values())), reason, layers, tell)
+    return found
+
+
+def _tell(plans: Sequence[set[str]], text: str) -> None:
+    for lines in plans:
+        lines.add(text)
+
+
+def _parting(engine: Engine, step: Step, seats: Sequence[int]) -> Layer:
+    """The first layer in which something may act otherwise than in the prompt's forward, or watches the perturbed one."""
+    stack, plain = engine.stack, set(step.active["cond"])
+    more = [stack.seats[number] for number in {*seats, *stack.active(step.moment, PERTURBED, observing=True)} - plain]
+    if any(seat.control.appends_text for seat in more):
+        return engine.layers[0]
+    # of those that act in both, what they read or draw may hang on the branch
+    told = [stack.seats[number] for number in plain]
+    more += [seat for seat in told if seat.control.names_branches or seat.control.draws]
+    return next(layer for layer in engine.layers if any(layer.name in seat.layers for seat in more))
+
+
+def lists_of(family: Family, model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Names of all blocks of a model in forward order, by the attribute that holds them."""
+    attributes = family.lists or tuple(dict.fromkeys(layer.name.partition(".")[0] for layer in family.layers(model)))
+    found = {}
+    for attribute in attributes:
+        held: Any = getattr(model, attribute, None)
+        if held is not None:
+            names = [f"{attribute}.{number}" for number in range(len(held))] if isinstance(held, nn.ModuleList) else ()
+            found[attribute] = tuple(names) or (attribute,)
+    return found
+
+
+def stretches_before(
+    layer: Layer, lists: Mapping[str, Sequence[str]], read_later: Sequence[str]
+) -> tuple[Stretch, ...]:
+    """The blocks before the one that holds a layer.
+
+    Args:
+        lists: as of `lists_of`.
+        read_later: those lists all of whose outputs are read later on.
+    """
+    found: list[Stretch] = []
+    for attribute, names in lists.items():
+        here = next((number for number, name in enumerate(names) if layer.name.startswith(f"{name}.")), len(names))
+        if here:
+            blocks = tuple(names[:here])
+            found.append(Stretch(blocks, blocks if attribute in read_later else blocks[-1:]))
+        if here < len(names):
+            break
+    return tuple(found)
+
+
+def _obstacle(tap: Tap, blocks: Sequence[str]) -> str:
+    """Why these blocks must run in every forward; "" where they may be left out."""
+    if is_compiled(tap.model):
+        return "the model or its blocks are compiled"
+    if tap.has_caches():
+        return "a cache on the model counts its blocks"
+    for name in blocks:
+        for module in tap.model.get_submodule(name).modules():
+            called = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(hook not in (open_scope, close_scope) for hook in called):
+                return f"{name} has forward hooks, which would not be called"
+            if any(map(_loads_others, hooks_of(module))):
+                return f"{name} loads the weights of other blocks as well"
+    return ""
+
+
+def _loads_others(hook: Any) -> bool:
+    """A hook of diffusers' group offloading that prefetches, or loads several blocks at the first of them."""
+    group = getattr(hook, "group", None)
+    return group is not None and (group.stream is not None or group.onload_leader is not group.offload_leader)
