@@ -51,7 +51,7 @@ def _tell(plans: Sequence[set[str]], text: str) -> None:
 
 
 def _parting(engine: Engine, step: Step, seats: Sequence[int]) -> Layer:
-    """The first layer in which something may act otherwise than in the prompt's forward, or watches the perturbed one."""
+    """The first layer that may act otherwise than in the prompt's forward, or is watched in the perturbed one."""
     stack, plain = engine.stack, set(step.active["cond"])
     more = [stack.seats[number] for number in {*seats, *stack.active(step.moment, PERTURBED, observing=True)} - plain]
     if any(seat.control.appends_text for seat in more):

@@ -166,8 +166,8 @@ def _own(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _known(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else ()
-    return isinstance(value, (*_PLAIN, dict)) or type(value) in (list, tuple) and all(map(_known, parts))
+    parts = value.values() if isinstance(value, dict) else value
+    return isinstance(value, _PLAIN) or (type(value) in (dict, list, tuple) and all(map(_known, parts)))
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
