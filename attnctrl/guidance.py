@@ -24,7 +24,7 @@ from .errors import ControlError
 from .families import Arguments, Family
 from .perturb import exact
 from .place import Branches
-from .replay import Prefix, Records, mapped, recording, replaying
+from .replay import Prefix, Records, Stretch, mapped, recording, replaying
 from .schedule import Moment, Window
 
 __all__ = ["Guidance", "Guide", "Step", "added", "copied", "increment", "rows_of_arguments"]
@@ -149,7 +149,8 @@ class Guidance:
         reason = prefix.reason or ("nothing was kept" if records is None else records.lack(prefix))
         # caches keep what they know of a branch by its name; a model without diffusers' hooks would be given some
         named = "_diffusers_hook" in vars(self.model) and hasattr(self.model, "cache_context")
-        self.further, left_out = step, []
+        self.further = step
+        left_out: Sequence[Stretch] = ()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.model.cache_context(PERTURBED) if named else nullcontext())
@@ -159,7 +160,7 @@ class Guidance:
                 output = forward()
         finally:
             self.further, self.replayed = None, frozenset()
-        prefix.tell(f"in full: {reason}" if reason else f"replayed {len(left_out)} of {prefix.of} blocks")
+        prefix.tell(f"in full: {reason}" if reason else prefix.say(left_out))
         return _sample(output)
 
     def _increment(self, own: list[Tensor], perturbed: Any, latents: Tensor, guide: Guide) -> list[Tensor]:

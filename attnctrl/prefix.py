@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -27,13 +28,13 @@ def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ..
     Args:
         guides: branches, with the numbers of the seats that act in each beside those of "cond".
     """
-    lists, found = lists_of(engine.family, engine.model), {}
+    found, blocks_in_all = {}, sum(map(len, lists_of(engine.family, engine.model).values()))
     hindered: dict[tuple[Stretch, ...], str] = {}
     for guide, seats in guides.items():
         opening = [engine.stack.seats[number] for number in seats if engine.stack.seats[number].control.guide == guide]
         tell = partial(_tell, [seat.plans for seat in opening])
         first = _parting(engine, step, seats)
-        stretches = stretches_before(first, lists, engine.family.read_later) if guide.replay else ()
+        stretches = stretches_before(first, engine.family, engine.model) if guide.replay else ()
         reason = "" if stretches else f"{first.name} is in the first block" if guide.replay else "replay=False"
         if stretches and stretches not in hindered:
             hindered[stretches] = _obstacle(engine.tap, [name for one in stretches for name in one.blocks])
@@ -41,7 +42,7 @@ def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ..
             stretches = ()
         blocks = tuple(f"{name}." for one in stretches for name in one.blocks)
         layers = frozenset(layer.name for layer in engine.layers if layer.name.startswith(blocks))
-        found[guide] = Prefix(stretches, sum(map(len, lists.values())), reason, layers, tell)
+        found[guide] = Prefix(stretches, blocks_in_all, reason, layers, tell)
     return found
 
 
@@ -74,23 +75,22 @@ def lists_of(family: Family, model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def stretches_before(
-    layer: Layer, lists: Mapping[str, Sequence[str]], read_later: Sequence[str]
-) -> tuple[Stretch, ...]:
-    """The blocks before the one that holds a layer.
-
-    Args:
-        lists: as of `lists_of`.
-        read_later: those lists all of whose outputs are read later on.
-    """
+def stretches_before(layer: Layer, family: Family, model: nn.Module) -> tuple[Stretch, ...]:
+    """The blocks before the one that holds a layer, and then the parts of that one before the one that does."""
     found: list[Stretch] = []
-    for attribute, names in lists.items():
-        here = next((number for number, name in enumerate(names) if layer.name.startswith(f"{name}.")), len(names))
-        if here:
-            blocks = tuple(names[:here])
-            found.append(Stretch(blocks, blocks if attribute in read_later else blocks[-1:]))
-        if here < len(names):
-            break
+    for attribute, blocks in lists_of(family, model).items():
+        before = tuple(takewhile(lambda name: not layer.name.startswith(f"{name}."), blocks))
+        if before:
+            found.append(Stretch(before, before if attribute in family.read_later else before[-1:]))
+        if before == blocks:
+            continue
+        holder = blocks[len(before)]
+        while inside := [f"{holder}.{name}" for name in family.parts(model.get_submodule(holder))]:
+            # parts differ in what they give, so that the last one's cannot stand in for all
+            if before := tuple(takewhile(lambda name: not layer.name.startswith(f"{name}."), inside)):
+                found.append(Stretch(before, before, part=True))
+            holder = inside[len(before)]
+        break
     return tuple(found)
 
 

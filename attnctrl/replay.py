@@ -23,15 +23,17 @@ _PLAIN = (Tensor, int, float, bool, str, type(None))
 
 @dataclass(frozen=True)
 class Stretch:
-    """Blocks of one list, from its first one on, in forward order.
+    """Blocks of one list, or parts of one block, from the first one on, in forward order.
 
     Attributes:
         kept: those whose outputs are read by what follows: the last one; all of them where later blocks of the model
             read each, as in a UNet's way down.
+        part: they are parts of one block.
     """
 
     blocks: tuple[str, ...]
     kept: tuple[str, ...]
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Prefix:
     reason: str = ""
     layers: frozenset[str] = frozenset()
     tell: Callable[[str], None] = field(default=lambda text: None, compare=False)
+
+    def say(self, left_out: Sequence[Stretch]) -> str:
+        """A line for reports, of one entry for each block or part that was left out."""
+        parts = sum(stretch.part for stretch in left_out)
+        more = f" and {parts} part{'s' * (parts > 1)} of the next" if parts else ""
+        return f"replayed {len(left_out) - parts} of {self.of} blocks{more}"
 
 
 @dataclass(eq=False)
@@ -100,9 +108,9 @@ def recording(model: nn.Module, prefixes: Iterable[Prefix], rows: Sequence[int],
 
 
 @contextmanager
-def replaying(model: nn.Module, prefix: Prefix, records: Records) -> Iterator[list[str]]:
-    """Blocks of the prefix give what was kept in the forward that runs meanwhile; the names of those that did."""
-    left_out: list[str] = []
+def replaying(model: nn.Module, prefix: Prefix, records: Records) -> Iterator[list[Stretch]]:
+    """Blocks of the prefix give what was kept in the forward that runs meanwhile; for each that did, its stretch."""
+    left_out: list[Stretch] = []
     fillers: dict[Stretch, Any] = {}
     parted = False
 
@@ -112,7 +120,7 @@ def replaying(model: nn.Module, prefix: Prefix, records: Records) -> Iterator[li
         parted = parted or (name == stretch.blocks[0] and _shapes((args, kwargs)) != records.shapes[name])
         if parted:
             return original(*args, **kwargs)
-        left_out.append(name)
+        left_out.append(stretch)
         # models may write into what blocks give them
         if name in stretch.kept:
             return _own(records.outputs[name], Tensor.clone)

@@ -96,6 +96,8 @@ class Family:
         lists: attributes of the model that hold its blocks, in forward order, a list of them or one; () are those that
             its layers stand in. A block hands on to the next one.
         read_later: those lists of whose blocks each output is read again, far behind them.
+        parts: a block or a part of one -> names within it of the parts that it calls, in that order; () where it is not
+            worth parting.
         corner: (model, frames of a forward) -> where the first image token stands, by the axes of `rotary`; () where
             tokens do not turn. None where that is not known.
     """
@@ -123,6 +125,7 @@ class Family:
     rotary: Callable[[Any], Rotary] | None = None
     lists: tuple[str, ...] = ()
     read_later: tuple[str, ...] = ()
+    parts: Callable[[nn.Module], Sequence[str]] = lambda block: ()
     corner: Callable[[Any, Frames], tuple[float, ...]] | None = None
 
     def standing(self, model: Any) -> Standing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,15 +21,18 @@ import attnctrl as ac
 from attnctrl.families import family_of
 from attnctrl.prefix import lists_of, stretches_before
 from attnctrl.replay import Prefix, Stretch, recording, replaying
-from attnctrl.select import Layer
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
+def blocks_of(model: Any) -> list[str]:
+    return [name for part in lists_of(family_of(model), model).values() for name in part]
+
+
 @contextmanager
-def blocks_that_run(model: Any) -> Iterator[list[str]]:
+def computed(model: Any, blocks: Sequence[str] = ()) -> Iterator[list[str]]:
     """Names of the blocks that compute, in order, told by their classes' own forwards."""
-    names = {id(model.get_submodule(one)): one for part in lists_of(family_of(model), model).values() for one in part}
+    names = {id(model.get_submodule(name)): name for name in blocks or blocks_of(model)}
     ran: list[str] = []
     kinds = {type(module) for module in model.modules() if id(module) in names}
     originals = {kind: kind.forward for kind in kinds}
@@ -74,38 +77,44 @@ def pair(setting: Setting, *controls: Any, **more: Any) -> tuple[Tensor, Tensor,
 def test_every_layer_gives_what_the_whole_forward_gives(family: Any) -> None:
     setting: Setting = family(batch=2)
     model, base = setting.model, setting.run()
-    blocks = [name for part in lists_of(family_of(model), model).values() for name in part]
+    blocks = blocks_of(model)
     for layer in CASES["uniform"].layers(setting):
         first = next(number for number, name in enumerate(blocks) if layer.startswith(f"{name}."))
-        with blocks_that_run(model) as ran:
+        with computed(model) as ran:
             out, told = outcome(setting, ac.Perturb("uniform", layers=layer))
         full, _ = outcome(setting, ac.Perturb("uniform", layers=layer, replay=False))
         assert torch.equal(out, full)
         assert not torch.equal(out, base)
         assert sorted(ran) == sorted([*blocks, *blocks[first:]])
-        expected = f"replayed {first} of {len(blocks)} blocks" if first else f"in full: {layer} is in the first block"
-        assert told == (expected,)
+        some = first or family is unet
+        expected = f"replayed {first} of {len(blocks)} blocks" if some else f"in full: {layer} is in the first block"
+        assert [line.partition(" and")[0] for line in told] == [expected]
 
 
 @pytest.mark.parametrize(
-    ("family", "layers", "replayed", "of"),
+    ("family", "layers", "replayed", "parts"),
     [
-        (flux, "double:1", 1, 4),
-        (flux, ["single:1", "double:1"], 1, 4),
-        (flux, "single:1", 3, 4),
-        (sd3, "joint:1", 1, 2),
-        (unet, "down.self:1", 1, 5),
-        (unet, "mid", 2, 5),
-        (unet, "up.self:0", 3, 5),
-        (unet, "up.self:3", 4, 5),
+        (flux, "double:1", 1, 0),
+        (flux, ["single:1", "double:1"], 1, 0),
+        (flux, "single:1", 3, 0),
+        (sd3, "joint:1", 1, 0),
+        (unet, "down.self:0", 0, 1),
+        (unet, "down.self:1", 1, 1),
+        (unet, "mid", 2, 1),
+        (unet, "up.self:0", 3, 1),
+        (unet, "up.self:3", 4, 3),
     ],
 )
-def test_how_much_is_left_out(family: Any, layers: Any, replayed: int, of: int) -> None:
+def test_how_much_is_left_out(family: Any, layers: Any, replayed: int, parts: int) -> None:
     setting: Setting = family()
-    with blocks_that_run(setting.model) as ran:
+    model, blocks = setting.model, blocks_of(setting.model)
+    inside = [f"{blocks[replayed]}.{name}" for name in family_of(model).parts(model.get_submodule(blocks[replayed]))]
+    with computed(model) as ran, computed(model, inside or blocks) as pieces:
         _, told = outcome(setting, ac.Perturb("uniform", layers=layers))
-    assert len(ran) == 2 * of - replayed
-    assert told == (f"replayed {replayed} of {of} blocks",)
+    assert ran == [*blocks, *blocks[replayed:]]
+    assert pieces == [*(inside or blocks), *(inside[parts:] or blocks[replayed:])]
+    more = f" and {parts} part{'s' * (parts > 1)} of the next" if parts else ""
+    assert told == (f"replayed {replayed} of {len(blocks)} blocks{more}",)
 
 
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
@@ -142,7 +151,7 @@ def test_rows_of_a_guided_batch_agree_within_rounding(family: Any) -> None:
     for replay in (True, False):
         with (
             ac.attach(setting.model, ac.Perturb(layers=layers, replay=replay), branches=order) as handle,
-            blocks_that_run(setting.model) as ran,
+            computed(setting.model) as ran,
         ):
             found.append(setting.run())
         assert any(line.startswith("replayed") for line in handle.report().controls[0].plans) is replay
@@ -205,7 +214,7 @@ def test_what_acts_in_the_branch_alone_is_where_it_parts(more: Any, told: str) -
 def test_branches_of_their_own_replay_each_its_own() -> None:
     setting = flux()
     stack = [("double:1", 3.0), ("single:1", 1.0)]
-    with blocks_that_run(setting.model) as ran:
+    with computed(setting.model) as ran:
         out, told = outcome(setting, *(ac.Perturb(layers=layers, scale=scale) for layers, scale in stack))
     full, _ = outcome(setting, *(ac.Perturb(layers=layers, scale=scale, replay=False) for layers, scale in stack))
     assert torch.equal(out, full)
@@ -334,19 +343,37 @@ def test_blocks_that_a_forward_left_out_or_ran_twice_leave_no_record(again: int)
     assert torch.equal(records.outputs["blocks.1"], torch.full((1, 2), 3.0))
     with replaying(model, prefix, records) as left_out:
         assert torch.equal(model(torch.full((1, 2), 9.0)), torch.full((1, 2), 7.0))
-    assert left_out == ["blocks.0", "blocks.1"]
+    assert left_out == [prefix.stretches[0]] * 2
     with replaying(model, prefix, records) as left_out:
         assert model(torch.zeros(1, 5))[0, 0] == 7
     assert left_out == []
 
 
-def test_stretches() -> None:
-    lists = {"down": ("down.0", "down.1", "down.10"), "mid": ("mid",), "up": ("up.0",)}
-    assert stretches_before(Layer("down.10.attn", "", 0), lists, ("down",)) == (
-        Stretch(("down.0", "down.1"), ("down.0", "down.1")),
+def test_stretches_of_a_unet() -> None:
+    """Of what the way up reads all is kept, elsewhere what the next block is given."""
+    model = tiny.unet()
+    down, middle = ("down_blocks.0", "down_blocks.1"), ("mid_block.resnets.0",)
+    found = {one.name: stretches_before(one, family_of(model), model) for one in family_of(model).layers(model)}
+    inside = "{}.attentions.0.transformer_blocks.0.attn1"
+    assert found[inside.format("down_blocks.1")] == (
+        Stretch(down[:1], down[:1]),
+        Stretch(("down_blocks.1.resnets.0",), ("down_blocks.1.resnets.0",), part=True),
     )
-    assert stretches_before(Layer("up.0.attn", "", 0), lists, ()) == (
-        Stretch(("down.0", "down.1", "down.10"), ("down.10",)),
-        Stretch(("mid",), ("mid",)),
+    assert found[inside.format("mid_block")] == (Stretch(down, down), Stretch(middle, middle, part=True))
+    parts = ("resnets.0", "attentions.0", "resnets.1")
+    parts = tuple(f"up_blocks.1.{name}" for name in parts)
+    assert found["up_blocks.1.attentions.1.transformer_blocks.0.attn2"] == (
+        Stretch(down, down),
+        Stretch(("mid_block",), ("mid_block",)),
+        Stretch(("up_blocks.0",), ("up_blocks.0",)),
+        Stretch(parts, parts, part=True),
     )
-    assert stretches_before(Layer("down.0.attn", "", 0), lists, ()) == ()
+
+
+def test_layer_1_stands_before_layer_10() -> None:
+    model = tiny.flux(double=1, single=11)
+    names = tuple(f"single_transformer_blocks.{number}" for number in range(10))
+    layer = next(one for one in family_of(model).layers(model) if (one.stack, one.index) == ("single", 10))
+    double = ("transformer_blocks.0",)
+    expected = (Stretch(double, double), Stretch(names, names[-1:]))
+    assert stretches_before(layer, family_of(model), model) == expected
