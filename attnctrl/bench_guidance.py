@@ -7,7 +7,7 @@ perturbed product of attention is all that differs (its projection, and all that
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +21,15 @@ from .attach import attach
 from .controls import Perturb
 from .execute.bench import interleaved
 from .families import family_of
+from .guidance import rows_of_arguments
 from .select import Layer, select
 
 __all__ = ["CASES", "Case", "bench_guidance", "flops", "rho"]
 
-WIDTH, HEADS, TEXT = 256, 4, 32
+HEADS, TEXT = 4, 32
 BRANCHES = {"none": ("cond",), "batched": ("uncond", "cond")}
 SCALES = {"guidance": 5.0, "perturbed": 3.0}
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Case:
     Attributes:
         model: (config) -> the model.
         config: of the model.
-        inputs: (rows, side of the picture in tokens) -> arguments of a forward.
+        inputs: (rows, side of the picture in tokens, channels of a token of text) -> arguments of a forward.
         layers: name -> selector.
         theirs: by guidance, diffusers' own processor that perturbs, and the fields of `Perturb` that mean the same.
     """
 
     model: Callable[..., Any]
     config: dict[str, Any]
-    inputs: Callable[[int, int], dict[str, Any]]
+    inputs: Callable[[int, int, int], dict[str, Any]]
     layers: Mapping[str, str]
     theirs: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -54,12 +56,12 @@ def _normal(rows: int, *shape: int, seed: int) -> Tensor:
     return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _flux_inputs(rows: int, side: int) -> dict[str, Any]:
+def _flux_inputs(rows: int, side: int, width: int) -> dict[str, Any]:
     from .toybox.models.flux import position_ids
 
     return {
         "hidden_states": _normal(1, side * side, 16, seed=0).repeat(rows, 1, 1),
-        "encoder_hidden_states": _normal(rows, TEXT, WIDTH, seed=1),
+        "encoder_hidden_states": _normal(rows, TEXT, width, seed=1),
         "pooled_projections": _normal(rows, 64, seed=2),
         "timestep": torch.full((rows,), 0.5),
         "img_ids": position_ids(side, side),
@@ -68,48 +70,58 @@ def _flux_inputs(rows: int, side: int) -> dict[str, Any]:
     }
 
 
-def _sd3_inputs(rows: int, side: int) -> dict[str, Any]:
+def _sd3_inputs(rows: int, side: int, width: int) -> dict[str, Any]:
     return {
         "hidden_states": _normal(1, 4, side, side, seed=0).repeat(rows, 1, 1, 1),
-        "encoder_hidden_states": _normal(rows, TEXT, WIDTH, seed=1),
+        "encoder_hidden_states": _normal(rows, TEXT, width, seed=1),
         "pooled_projections": _normal(rows, 64, seed=2),
         "timestep": torch.full((rows,), 500.0),
         "return_dict": False,
     }
 
 
-def _unet_inputs(rows: int, side: int) -> dict[str, Any]:
+def _unet_inputs(rows: int, side: int, width: int) -> dict[str, Any]:
     return {
         "sample": _normal(1, 4, 2 * side, 2 * side, seed=0).repeat(rows, 1, 1, 1),
-        "encoder_hidden_states": _normal(rows, TEXT, WIDTH, seed=1),
+        "encoder_hidden_states": _normal(rows, TEXT, width, seed=1),
         "timestep": torch.tensor(500.0),
         "return_dict": False,
     }
 
 
-def _cases() -> dict[str, Case]:
+def _cases(width: int) -> dict[str, Case]:
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
-    heads = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
-    text = {"joint_attention_dim": WIDTH, "pooled_projection_dim": 64}
-    flux = {"num_layers": 8, "num_single_layers": 16, "axes_dims_rope": (16, 24, 24), "in_channels": 16}
-    sd3 = {"num_layers": 24, "sample_size": 64, "pos_embed_max_size": 64, "caption_projection_dim": WIDTH}
+    head = width // HEADS
+    joint = {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": head,
+        "joint_attention_dim": width,
+        "pooled_projection_dim": 64,
+        "patch_size": 1,
+    }
+    axes = (head // 4, 3 * head // 8, 3 * head // 8)
+    flux = {**joint, "num_layers": 8, "num_single_layers": 16, "axes_dims_rope": axes, "in_channels": 16}
+    sides = {"sample_size": 64, "pos_embed_max_size": 64}
+    channels = {"in_channels": 4, "out_channels": 4}
+    sd3 = {**joint, **sides, **channels, "num_layers": 24, "caption_projection_dim": width}
     unet = {
         "sample_size": 64,
-        "block_out_channels": (64, 128, WIDTH, WIDTH),
+        "block_out_channels": (width // 4, width // 2, width, width),
         "attention_head_dim": 8,
-        "cross_attention_dim": WIDTH,
+        "cross_attention_dim": width,
+        "norm_num_groups": width // 8,
     }
     return {
         "flux": Case(
             FluxTransformer2DModel,
-            {**heads, **text, **flux, "patch_size": 1},
+            flux,
             _flux_inputs,
             {"early": "double:2", "middle": "single:4", "late": "single:13"},
         ),
         "sd3": Case(
             SD3Transformer2DModel,
-            {**heads, **text, **sd3, "patch_size": 1, "in_channels": 4, "out_channels": 4},
+            sd3,
             _sd3_inputs,
             {"early": "joint:2", "middle": "joint:12", "late": "joint:21"},
             {"none": "PAGJointAttnProcessor2_0", "batched": "PAGCFGJointAttnProcessor2_0"},
@@ -128,12 +140,13 @@ def _cases() -> dict[str, Case]:
 CASES = ("flux", "sd3", "unet")
 
 
-def bench_guidance(repeats: int = 9, side: int = 16, cases: tuple[str, ...] = CASES) -> dict[str, Any]:
+def bench_guidance(repeats: int = 9, side: int = 16, width: int = 256, cases: Sequence[str] = CASES) -> dict[str, Any]:
     """Time and count denoiser steps with a perturbed branch.
 
     Args:
         repeats: rounds of the interleaved loops, after one round to warm up.
         side: of the picture, in tokens.
+        width: channels of a token; at 256 and a side of 16 a forward takes 8 to 13 GFLOP.
         cases: names out of `CASES`.
 
     Returns:
@@ -143,7 +156,7 @@ def bench_guidance(repeats: int = 9, side: int = 16, cases: tuple[str, ...] = CA
         largest difference of replay from the whole forward. A row of "theirs" compares with diffusers' own processors:
         ours_ratio, theirs_ratio, and max_err of the guided predictions.
     """
-    made = _cases()
+    made = _cases(width)
     rows: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     with torch.inference_mode():
@@ -151,10 +164,12 @@ def bench_guidance(repeats: int = 9, side: int = 16, cases: tuple[str, ...] = CA
             case = made[name]
             model = _random(case)
             for cfg in BRANCHES:
-                rows += [{"family": name, "cfg": cfg, **row} for row in _rows(case, model, cfg, side, repeats)]
+                alone, inputs = (case.inputs(count, side, width) for count in (1, len(BRANCHES[cfg])))
+                rows += [{"family": name, "cfg": cfg, **row} for row in _rows(case, model, cfg, alone, inputs, repeats)]
                 if case.theirs:
-                    theirs.append({"family": name, "cfg": cfg, **_theirs(case, model, cfg, side, repeats)})
-    return {"suite": "guidance cost", "side": side, "repeats": repeats, "rows": rows, "theirs": theirs}
+                    theirs.append({"family": name, "cfg": cfg, **_theirs(case, model, cfg, inputs, repeats)})
+    sizes = {"side": side, "width": width, "repeats": repeats, "threads": torch.get_num_threads()}
+    return {"suite": "guidance cost", **sizes, "rows": rows, "theirs": theirs}
 
 
 def _random(case: Case) -> Any:
@@ -168,9 +183,7 @@ def _twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
 
 
-def _rows(case: Case, model: Any, cfg: str, side: int, repeats: int) -> list[dict[str, Any]]:
-    inputs = case.inputs(len(BRANCHES[cfg]), side)
-    alone = case.inputs(1, side)
+def _rows(case: Case, model: Any, cfg: str, alone: Inputs, inputs: Inputs, repeats: int) -> list[dict[str, Any]]:
     calls: dict[Any, Callable[[], Any]] = {"vanilla": lambda: model(**inputs)}
     with ExitStack() as stack:
         for where, layers in case.layers.items():
@@ -211,7 +224,7 @@ def flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def rho(model: Any, layer: Layer, inputs: Mapping[str, Any]) -> float:
+def rho(model: Any, layer: Layer, inputs: Inputs) -> float:
     """The share of a forward's operations that come behind the product of attention in a layer."""
     before: list[int] = []
     counter = FlopCounterMode(display=False)
@@ -227,21 +240,14 @@ def rho(model: Any, layer: Layer, inputs: Mapping[str, Any]) -> float:
     return 1 - before[0] / counter.get_total_flops()
 
 
-def _theirs(case: Case, model: Any, cfg: str, side: int, repeats: int) -> dict[str, Any]:
+def _theirs(case: Case, model: Any, cfg: str, inputs: Inputs, repeats: int) -> dict[str, Any]:
     """Diffusers' pipelines put the perturbed rows behind the others, in one batch."""
     from diffusers.models import attention_processor
 
     branches, layers = BRANCHES[cfg], case.layers["middle"]
-    inputs = case.inputs(len(branches), side)
     other, twin = _twin(model), _twin(model)
-    chosen = _first(other, layers).name
-    get = other.get_submodule(chosen)
-    get.set_processor(getattr(attention_processor, case.theirs[cfg])())
-    count = len(branches)
-    more = {
-        name: torch.cat([value, value[-1:]]) if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-        for name, value in inputs.items()
-    }
+    _first(other, layers).module.set_processor(getattr(attention_processor, case.theirs[cfg])())
+    more = rows_of_arguments(inputs, [*range(len(branches)), -1], len(branches), ())
     control = Perturb(layers=layers, scale=SCALES["perturbed"], **case.fields)
     with attach(twin, control, branches=branches):
         calls = {

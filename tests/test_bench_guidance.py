@@ -1,0 +1,87 @@
+"""The benchmark of guidance counts what its bound says, and computes what diffusers' processors compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from attnctrl import bench_guidance as bench
+from attnctrl.families import family_of
+
+
+class Attention(nn.Module):
+    """One head; the product of attention costs 4 n^2 d, each projection 2 n d^2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.to_qkv(x).chunk(3, -1)
+        return self.to_out[0](nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class Deep(nn.Module):
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(Attention(width) for _ in range(blocks))
+        self.ff = nn.ModuleList(nn.Linear(width, 8 * width) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, ff in zip(self.attention, self.ff, strict=True):
+            x = x + attention(x)
+            x = x + ff(x)[..., : x.shape[-1]]
+        return x
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_rho_is_the_closed_form(number: int) -> None:
+    """rho = (sum_{j > l} c_j + phi c_l) / sum_j c_j with c = 24 n d^2 + 4 n^2 d and phi c = 18 n d^2."""
+    n, d, blocks = 24, 16, 5
+    model = Deep(d, blocks)
+    layer = bench.Layer(f"attention.{number}", "", number, model.attention[number])
+    found = bench.rho(model, layer, {"x": torch.randn(1, n, d)})
+    block = 24 * n * d * d + 4 * n * n * d
+    expected = ((blocks - 1 - number) * block + 18 * n * d * d) / (blocks * block)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return bench.bench_guidance(repeats=1, side=8, width=64)
+
+
+def test_steps_cost_little_more_than_their_bound(result: dict[str, Any]) -> None:
+    """Operations are counted: times of so small steps tell nothing."""
+    assert len(result["rows"]) == 3 * 3 * 2
+    for row in result["rows"]:
+        rows = {"none": 1, "batched": 2}[row["cfg"]]
+        assert row["bound"] == pytest.approx((rows + row["rho"]) / rows)
+        assert 0 < row["rho"] < 1
+        assert row["bound"] - 1e-9 < row["flop_ratio"] < 1.05 * row["bound"]
+        assert min(row["step_ratio"], row["full_ratio"], row["vanilla_s"]) > 0
+        assert row["max_err"] == 0 if rows == 1 else row["max_err"] < 1e-5
+    assert [row["rho"] for row in result["rows"][:3]] == sorted(
+        (row["rho"] for row in result["rows"][:3]), reverse=True
+    )
+
+
+def test_diffusers_processors_give_the_same(result: dict[str, Any]) -> None:
+    assert [(row["family"], row["cfg"]) for row in result["theirs"]] == [
+        (family, cfg) for family in ("sd3", "unet") for cfg in ("none", "batched")
+    ]
+    for row in result["theirs"]:
+        assert row["max_err"] < 1e-4
+        assert row["moved"] > 10 * row["max_err"]
+
+
+def test_a_twin_has_the_same_weights_and_hooks_of_its_own() -> None:
+    model = bench._random(bench._cases(64)["sd3"])
+    twin = bench._twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    first, second = (family_of(one).layers(one)[0].module for one in (model, twin))
+    assert first is not second
