@@ -163,9 +163,14 @@ def bench_guidance(repeats: int = 9, side: int = 16, width: int = 256, cases: Se
         for name in cases:
             case = made[name]
             model = _random(case)
+            shares = {
+                x: rho(model, _first(model, layers), case.inputs(1, side, width)) for x, layers in case.layers.items()
+            }
             for cfg in BRANCHES:
-                alone, inputs = (case.inputs(count, side, width) for count in (1, len(BRANCHES[cfg])))
-                rows += [{"family": name, "cfg": cfg, **row} for row in _rows(case, model, cfg, alone, inputs, repeats)]
+                inputs = case.inputs(len(BRANCHES[cfg]), side, width)
+                rows += [
+                    {"family": name, "cfg": cfg, **row} for row in _rows(case, model, cfg, shares, inputs, repeats)
+                ]
                 if case.theirs:
                     theirs.append({"family": name, "cfg": cfg, **_theirs(case, model, cfg, inputs, repeats)})
     sizes = {"side": side, "width": width, "repeats": repeats, "threads": torch.get_num_threads()}
@@ -183,7 +188,9 @@ def _twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
 
 
-def _rows(case: Case, model: Any, cfg: str, alone: Inputs, inputs: Inputs, repeats: int) -> list[dict[str, Any]]:
+def _rows(
+    case: Case, model: Any, cfg: str, shares: Mapping[str, float], inputs: Inputs, repeats: int
+) -> list[dict[str, Any]]:
     calls: dict[Any, Callable[[], Any]] = {"vanilla": lambda: model(**inputs)}
     with ExitStack() as stack:
         for where, layers in case.layers.items():
@@ -199,8 +206,8 @@ def _rows(case: Case, model: Any, cfg: str, alone: Inputs, inputs: Inputs, repea
         {
             "layer": where,
             "selected": layers,
-            "rho": (share := rho(model, _first(model, layers), alone)),
-            "bound": (len(BRANCHES[cfg]) + share) / len(BRANCHES[cfg]),
+            "rho": shares[where],
+            "bound": (len(BRANCHES[cfg]) + shares[where]) / len(BRANCHES[cfg]),
             "flop_ratio": counted[where, True] / counted["vanilla"],
             "step_ratio": seconds[where, True] / seconds["vanilla"],
             "full_ratio": seconds[where, False] / seconds["vanilla"],

@@ -15,12 +15,12 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from harness import DOORS, FAMILIES, Setting, branches, flux, regions, sd3, traces, unet
 from table_outputs import CASES
-from torch import Tensor, nn
+from torch import Tensor
 
 import attnctrl as ac
 from attnctrl.families import family_of
-from attnctrl.prefix import lists_of, stretches_before
-from attnctrl.replay import Prefix, Stretch, recording, replaying
+from attnctrl.prefix import lists_of
+from attnctrl.toybox.models.flux import tiny_pipeline
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -211,6 +211,29 @@ def test_what_acts_in_the_branch_alone_is_where_it_parts(more: Any, told: str) -
     assert lines == (told,)
 
 
+def test_what_is_watched_in_the_branch_runs_in_it() -> None:
+    pipe = tiny_pipeline()
+    options = {"height": 32, "width": 48, "num_inference_steps": 1, "max_sequence_length": 16, "output_type": "latent"}
+    found = []
+    for replay in (True, False):
+        bank, control = ac.Bank(), ac.Perturb("uniform", layers="single:1", replay=replay)
+        with ac.attach(pipe, [ac.Keep(bank=bank, layers="double:1", branch="perturbed"), control]) as handle:
+            pipe("a red circle", generator=torch.Generator().manual_seed(0), **options)
+        found.append((bank.layers, bank.steps, bank.branches, bank.nbytes))
+        assert ("replayed 1 of 4 blocks" in handle.report().controls[1].plans) is replay
+    assert found[0] == found[1]
+    assert found[0][0] == ("transformer_blocks.1.attn",)
+    assert found[0][2] == ("perturbed",)
+
+
+def test_what_draws_at_random_is_computed() -> None:
+    setting: Setting = flux(batch=2)
+    share = ac.Share(layers="double:1", ratio=0.5)
+    out, full, told = pair(setting, share, layers="single:1")
+    assert torch.equal(out, full)
+    assert told == ("replayed 1 of 4 blocks",)
+
+
 def test_branches_of_their_own_replay_each_its_own() -> None:
     setting = flux()
     stack = [("double:1", 3.0), ("single:1", 1.0)]
@@ -305,75 +328,3 @@ def test_gradients_pass_through_what_is_replayed() -> None:
             (grad,) = torch.autograd.grad(setting.run(hidden_states=latents).square().sum(), latents)
         found.append(grad)
     assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max()
-
-
-class Line(nn.Module):
-    """Three blocks that add 1, 2 and 4, the second of which runs as often as it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([_Add(1.0), _Add(2.0), _Add(4.0)])
-
-    def forward(self, x: Tensor, again: int = 1) -> Tensor:
-        for block in [self.blocks[0], *[self.blocks[1]] * again, self.blocks[2]]:
-            x = block(x)
-        return x
-
-
-class _Add(nn.Module):
-    def __init__(self, what: float) -> None:
-        super().__init__()
-        self.what = what
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.what
-
-
-@pytest.mark.parametrize("again", [0, 1, 2])
-def test_blocks_that_a_forward_left_out_or_ran_twice_leave_no_record(again: int) -> None:
-    """As caches outside of diffusers do."""
-    model, x = Line(), torch.zeros(3, 2)
-    prefix = Prefix((Stretch(("blocks.0", "blocks.1"), ("blocks.1",)),), 3)
-    with recording(model, [prefix], [2], 3) as records:
-        assert model(x, again)[0, 0] == 5 + 2 * again
-    if again != 1:
-        assert records.lack(prefix) == f"blocks.1 ran {again} times in the prompt's forward"
-        return
-    assert records.lack(prefix) == ""
-    assert torch.equal(records.outputs["blocks.1"], torch.full((1, 2), 3.0))
-    with replaying(model, prefix, records) as left_out:
-        assert torch.equal(model(torch.full((1, 2), 9.0)), torch.full((1, 2), 7.0))
-    assert left_out == [prefix.stretches[0]] * 2
-    with replaying(model, prefix, records) as left_out:
-        assert model(torch.zeros(1, 5))[0, 0] == 7
-    assert left_out == []
-
-
-def test_stretches_of_a_unet() -> None:
-    """Of what the way up reads all is kept, elsewhere what the next block is given."""
-    model = tiny.unet()
-    down, middle = ("down_blocks.0", "down_blocks.1"), ("mid_block.resnets.0",)
-    found = {one.name: stretches_before(one, family_of(model), model) for one in family_of(model).layers(model)}
-    inside = "{}.attentions.0.transformer_blocks.0.attn1"
-    assert found[inside.format("down_blocks.1")] == (
-        Stretch(down[:1], down[:1]),
-        Stretch(("down_blocks.1.resnets.0",), ("down_blocks.1.resnets.0",), part=True),
-    )
-    assert found[inside.format("mid_block")] == (Stretch(down, down), Stretch(middle, middle, part=True))
-    parts = ("resnets.0", "attentions.0", "resnets.1")
-    parts = tuple(f"up_blocks.1.{name}" for name in parts)
-    assert found["up_blocks.1.attentions.1.transformer_blocks.0.attn2"] == (
-        Stretch(down, down),
-        Stretch(("mid_block",), ("mid_block",)),
-        Stretch(("up_blocks.0",), ("up_blocks.0",)),
-        Stretch(parts, parts, part=True),
-    )
-
-
-def test_layer_1_stands_before_layer_10() -> None:
-    model = tiny.flux(double=1, single=11)
-    names = tuple(f"single_transformer_blocks.{number}" for number in range(10))
-    layer = next(one for one in family_of(model).layers(model) if (one.stack, one.index) == ("single", 10))
-    double = ("transformer_blocks.0",)
-    expected = (Stretch(double, double), Stretch(names, names[-1:]))
-    assert stretches_before(layer, family_of(model), model) == expected
