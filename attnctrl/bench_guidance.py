@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,16 +192,16 @@ def _twin(model: nn.Module) -> Any:
 def _rows(
     case: Case, model: Any, cfg: str, shares: Mapping[str, float], inputs: Inputs, repeats: int
 ) -> list[dict[str, Any]]:
-    calls: dict[Any, Callable[[], Any]] = {"vanilla": lambda: model(**inputs)}
+    calls: dict[str, Callable[[], Any]] = {"vanilla": partial(model, **inputs)}
     with ExitStack() as stack:
         for where, layers in case.layers.items():
-            for replay in (True, False):
+            for name, replay in ((where, True), (_full(where), False)):
                 twin = _twin(model)
                 control = Perturb(layers=layers, scale=SCALES["perturbed"], replay=replay)
                 stack.enter_context(attach(twin, control, branches=BRANCHES[cfg]))
-                calls[where, replay] = lambda twin=twin: twin(**inputs)  # type: ignore[misc]
-        outputs = {key: call()[0] for key, call in calls.items()}
-        counted = {key: flops(call) for key, call in calls.items() if key == "vanilla" or key[1]}
+                calls[name] = partial(twin, **inputs)
+        outputs = {name: call()[0] for name, call in calls.items()}
+        counted = {name: flops(calls[name]) for name in ("vanilla", *case.layers)}
         seconds = interleaved(calls, repeats)
     return [
         {
@@ -208,14 +209,18 @@ def _rows(
             "selected": layers,
             "rho": shares[where],
             "bound": (len(BRANCHES[cfg]) + shares[where]) / len(BRANCHES[cfg]),
-            "flop_ratio": counted[where, True] / counted["vanilla"],
-            "step_ratio": seconds[where, True] / seconds["vanilla"],
-            "full_ratio": seconds[where, False] / seconds["vanilla"],
+            "flop_ratio": counted[where] / counted["vanilla"],
+            "step_ratio": seconds[where] / seconds["vanilla"],
+            "full_ratio": seconds[_full(where)] / seconds["vanilla"],
             "vanilla_s": seconds["vanilla"],
-            "max_err": float((outputs[where, True] - outputs[where, False]).abs().max()),
+            "max_err": float((outputs[where] - outputs[_full(where)]).abs().max()),
         }
         for where, layers in case.layers.items()
     ]
+
+
+def _full(where: str) -> str:
+    return f"{where}, in full"
 
 
 def _first(model: Any, layers: str) -> Layer:

@@ -72,12 +72,16 @@ def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_page_of_perturbed_attention_runs() -> None:
     names: dict = {}
-    first, second = blocks("perturb.md")
+    first, second, third = blocks("perturb.md")
     exec(first, names)
     [told] = names["handle"].report().controls
     assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
     exec(second, names)
     assert names["handle"].report().forwards == 2 * 3
+    exec(third, names)
+    [told] = names["handle"].report().controls
+    assert (names["handle"].report().forwards, told.forwards, told.rows) == (2 * 3, 2, (("perturbed", 0),))
+    assert any(line.startswith("replayed") for line in told.plans)
 
 
 def test_the_page_of_sharing_runs() -> None:

@@ -152,8 +152,8 @@ def guidance_table(result: Mapping[str, Any]) -> Table:
         ratios = (f"{row[name]:.3f}" for name in columns)
         shown.add_row(row["family"], row["layer"], row["cfg"], *ratios, "", f"{row['max_err']:.1e}")
     for row in result["theirs"]:
-        ratios = ("", "", "", f"{row['ours_ratio']:.3f}", "", f"{row['theirs_ratio']:.3f}")
-        shown.add_row(row["family"], row["layer"], row["cfg"], *ratios, f"{row['max_err']:.1e}")
+        times = ("", "", "", f"{row['ours_ratio']:.3f}", "", f"{row['theirs_ratio']:.3f}")
+        shown.add_row(row["family"], row["layer"], row["cfg"], *times, f"{row['max_err']:.1e}")
     return shown
 
 
