@@ -96,7 +96,7 @@ def stretches_before(layer: Layer, family: Family, model: nn.Module) -> tuple[St
 
 def _obstacle(tap: Tap, blocks: Sequence[str]) -> str:
     """Why these blocks must run in every forward; "" where they may be left out."""
-    if is_compiled(tap.model):
+    if is_compiled(tap.model) or tap.root is not tap.model:
         return "the model or its blocks are compiled"
     if tap.has_caches():
         return "a cache on the model counts its blocks"

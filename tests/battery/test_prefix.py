@@ -319,6 +319,18 @@ def test_guests(name: str) -> None:
     assert re.match(expected, told), told
 
 
+@torch.no_grad()
+def test_a_compiled_wrapper_runs_in_full() -> None:
+    setting = flux()
+    torch._dynamo.reset()
+    wrapper = torch.compile(setting.model, backend="eager", fullgraph=True)
+    expected, _ = outcome(setting, ac.Perturb("uniform", layers="single:1"))
+    with ac.attach(wrapper, ac.Perturb("uniform", layers="single:1")) as handle:
+        out = wrapper(**setting.inputs)[0]
+    assert "in full: the model or its blocks are compiled" in handle.report().controls[0].plans
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_gradients_pass_through_what_is_replayed() -> None:
     setting = flux()
     latents = setting.inputs["hidden_states"].clone().requires_grad_()
