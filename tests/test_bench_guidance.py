@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from attnctrl import bench_guidance as bench
+from attnctrl.cli.bench import guidance_table
 from attnctrl.families import family_of
 
 CFG = ("none", "batched")
@@ -83,6 +85,16 @@ def test_diffusers_processors_give_the_same(result: dict[str, Any]) -> None:
     for row in [*found, *result["theirs"]]:
         assert row["max_err"] < 1e-5
         assert row["moved"] > 10 * row["max_err"]
+
+
+def test_the_command_prints_the_rows(result: dict[str, Any], call: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bench, "bench_guidance", lambda repeats: result)
+    code, out, _ = call("bench", "guidance", "--format", "json")
+    assert (code, json.loads(out)["rows"]) == (0, result["rows"])
+    first = result["rows"][0]
+    quiet = call("bench", "guidance", "--format", "quiet")[1].splitlines()
+    assert (len(quiet), quiet[0]) == (6, f"sd3\tearly\tnone\t{first['step_ratio']:.3f}")
+    assert guidance_table(result).row_count == 6 + 2
 
 
 def test_a_twin_has_the_same_weights_and_hooks_of_its_own() -> None:
