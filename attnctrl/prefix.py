@@ -12,14 +12,14 @@ from torch import nn
 from .families import Family
 from .guidance import PERTURBED, Guide, Step
 from .kernels import close_scope, open_scope
-from .replay import Prefix, Stretch
+from .replay import Prefix, Stretch, within
 from .select import Layer
 from .tap import Tap, hooks_of, is_compiled
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["lists_of", "prefixes_of", "stretches_before"]
+__all__ = ["Lists", "lists_of", "prefixes_of", "stretches_before"]
 
 
 def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ...]]) -> dict[Guide, Prefix]:
@@ -28,13 +28,14 @@ def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ..
     Args:
         guides: branches, with the numbers of the seats that act in each beside those of "cond".
     """
-    found, blocks_in_all = {}, sum(map(len, lists_of(engine.family, engine.model).values()))
+    family, model, found = engine.family, engine.model, {}
+    lists = lists_of(family, model, engine.layers)
     hindered: dict[tuple[Stretch, ...], str] = {}
     for guide, seats in guides.items():
         opening = [engine.stack.seats[number] for number in seats if engine.stack.seats[number].control.guide == guide]
         tell = partial(_tell, [seat.plans for seat in opening])
         first = _parting(engine, step, seats)
-        stretches = stretches_before(first, engine.family, engine.model) if guide.replay else ()
+        stretches = stretches_before(first, lists, family, model) if guide.replay else ()
         reason = "" if stretches else f"{first.name} is in the first block" if guide.replay else "replay=False"
         if stretches and stretches not in hindered:
             hindered[stretches] = _obstacle(engine.tap, [name for one in stretches for name in one.blocks])
@@ -42,7 +43,7 @@ def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ..
             stretches = ()
         blocks = tuple(f"{name}." for one in stretches for name in one.blocks)
         layers = frozenset(layer.name for layer in engine.layers if layer.name.startswith(blocks))
-        found[guide] = Prefix(stretches, blocks_in_all, reason, layers, tell)
+        found[guide] = Prefix(stretches, sum(map(len, lists.values())), reason, layers, tell)
     return found
 
 
@@ -63,9 +64,13 @@ def _parting(engine: Engine, step: Step, seats: Sequence[int]) -> Layer:
     return next(layer for layer in engine.layers if any(layer.name in seat.layers for seat in more))
 
 
-def lists_of(family: Family, model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Names of all blocks of a model in forward order, by the attribute that holds them."""
-    attributes = family.lists or tuple(dict.fromkeys(layer.name.partition(".")[0] for layer in family.layers(model)))
+Lists = Mapping[str, tuple[str, ...]]
+"""Names of blocks in forward order, by the attribute of the model that holds them."""
+
+
+def lists_of(family: Family, model: nn.Module, layers: Sequence[Layer]) -> Lists:
+    """All blocks of a model with these layers."""
+    attributes = family.lists or tuple(dict.fromkeys(layer.name.partition(".")[0] for layer in layers))
     found = {}
     for attribute in attributes:
         held: Any = getattr(model, attribute, None)
@@ -75,10 +80,10 @@ def lists_of(family: Family, model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def stretches_before(layer: Layer, family: Family, model: nn.Module) -> tuple[Stretch, ...]:
+def stretches_before(layer: Layer, lists: Lists, family: Family, model: nn.Module) -> tuple[Stretch, ...]:
     """The blocks before the one that holds a layer, and then the parts of that one before the one that does."""
     found: list[Stretch] = []
-    for attribute, blocks in lists_of(family, model).items():
+    for attribute, blocks in lists.items():
         before = tuple(takewhile(lambda name: not layer.name.startswith(f"{name}."), blocks))
         if before:
             found.append(Stretch(before, before if attribute in family.read_later else before[-1:]))
@@ -101,7 +106,7 @@ def _obstacle(tap: Tap, blocks: Sequence[str]) -> str:
     if tap.has_caches():
         return "a cache on the model counts its blocks"
     for name in blocks:
-        for module in tap.model.get_submodule(name).modules():
+        for module in within(tap.model.get_submodule(name)):
             called = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             if any(hook not in (open_scope, close_scope) for hook in called):
                 return f"{name} has forward hooks, which would not be called"

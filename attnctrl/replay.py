@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Prefix", "Records", "Stretch", "mapped", "recording", "replaying"]
+__all__ = ["Prefix", "Records", "Stretch", "mapped", "recording", "replaying", "within"]
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
 
@@ -148,6 +148,15 @@ def _standing_in(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) 
                 place.pop("forward", None)
             else:
                 place["forward"] = before
+
+
+def within(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, in no order: what `modules()` gives, in a fraction of its time."""
+    rest: list[nn.Module | None] = [module]
+    while rest:
+        if (found := rest.pop()) is not None:
+            yield found
+            rest += found._modules.values()
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

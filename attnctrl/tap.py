@@ -23,6 +23,7 @@ from .call import Act
 from .errors import LayoutError, UnsupportedModelError
 from .guidance import copied
 from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
+from .replay import within
 from .select import Layer, describe
 
 __all__ = ["Tap", "check_model", "execution_device", "hooks_of", "is_compiled", "stand_in", "stand_in_notes"]
@@ -36,7 +37,7 @@ def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
 
 def is_compiled(model: nn.Module) -> bool:
     """The model is being traced, or it or one of its blocks was compiled in place."""
-    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in model.modules())
+    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in within(model))
 
 
 def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -211,7 +212,7 @@ class Tap:
 
     def has_caches(self) -> bool:
         """Hooks of diffusers on the model keep outputs of earlier steps."""
-        return any(hook._is_stateful for module in self.model.modules() for hook in hooks_of(module))
+        return any(hook._is_stateful for module in within(self.model) for hook in hooks_of(module))
 
     def shares_caches(self) -> bool:
         """What is kept of attention layers is not told apart by guidance branch."""

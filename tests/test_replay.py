@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from attnctrl.families import family_of
-from attnctrl.prefix import stretches_before
-from attnctrl.replay import Prefix, Stretch, recording, replaying
+from attnctrl.prefix import lists_of, stretches_before
+from attnctrl.replay import Prefix, Stretch, recording, replaying, within
 
 
 class Line(nn.Module):
@@ -58,7 +58,9 @@ def test_stretches_of_a_unet() -> None:
     """Of what the way up reads all is kept, elsewhere what the next block is given."""
     model = tiny.unet()
     down, middle = ("down_blocks.0", "down_blocks.1"), ("mid_block.resnets.0",)
-    found = {one.name: stretches_before(one, family_of(model), model) for one in family_of(model).layers(model)}
+    family, layers = family_of(model), family_of(model).layers(model)
+    lists = lists_of(family, model, layers)
+    found = {one.name: stretches_before(one, lists, family, model) for one in layers}
     inside = "{}.attentions.0.transformer_blocks.0.attn1"
     assert found[inside.format("down_blocks.1")] == (
         Stretch(down[:1], down[:1]),
@@ -78,7 +80,13 @@ def test_stretches_of_a_unet() -> None:
 def test_layer_1_stands_before_layer_10() -> None:
     model = tiny.flux(double=1, single=11)
     names = tuple(f"single_transformer_blocks.{number}" for number in range(10))
-    layer = next(one for one in family_of(model).layers(model) if (one.stack, one.index) == ("single", 10))
+    family, layers = family_of(model), family_of(model).layers(model)
+    layer = next(one for one in layers if (one.stack, one.index) == ("single", 10))
     double = ("transformer_blocks.0",)
     expected = (Stretch(double, double), Stretch(names, names[-1:]))
-    assert stretches_before(layer, family_of(model), model) == expected
+    assert stretches_before(layer, lists_of(family, model, layers), family, model) == expected
+
+
+def test_within_is_all_modules() -> None:
+    model = tiny.unet()
+    assert set(within(model)) == set(model.modules())

@@ -26,7 +26,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES
 
 
 def blocks_of(model: Any) -> list[str]:
-    return [name for part in lists_of(family_of(model), model).values() for name in part]
+    family = family_of(model)
+    return [name for part in lists_of(family, model, family.layers(model)).values() for name in part]
 
 
 @contextmanager
