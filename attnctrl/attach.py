@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from .controls.base import Control
-from .engine import Entry, engine_of
+from .engine import engine_of
+from .entry import Entry
 from .errors import ControlError, UnsupportedModelError
 from .report import Report, merged, report_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,26 +14,27 @@ from torch import Tensor, nn
 from .accounts import Due
 from .bank.identity import identity_of
 from .call import Row
-from .controls.base import Control
+from .entry import Entry
 from .errors import ControlError, SilentControlError, UnsupportedModelError
 from .execute import Host
-from .families import Family, family_of, sizes_of
+from .families import family_of, sizes_of
 from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .norms import Norms
 from .place import Branches, Place, rows_of, skipped_blocks
+from .prefix import prefixes_of
 from .region import Region
 from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
-from .stack import Acts, Presence, Seat, Stack, placed
+from .stack import Acts, Presence, Stack, placed
 from .tap import Tap, check_model, execution_device, is_compiled
 from .texts import Texts
 from .watch import watched
 from .wraps import Wraps
 
-__all__ = ["Engine", "Entry", "engine_of"]
+__all__ = ["Engine", "engine_of"]
 
 _SEAT = "_attnctrl_engine"
 _SHARED = (
@@ -41,60 +42,6 @@ _SHARED = (
     "it is emptied between them and saves nothing. Use attnctrl.Reuse, which keeps them apart, or a cache of blocks "
     "such as first-block."
 )
-
-
-class Entry:
-    """What one call of `attach` or `processors` brings: its controls, its pipeline, and whether it is still there.
-
-    Args:
-        controls: in list order.
-        pipe: the pipeline, whose scheduler and text encoder are used; None for a bare model.
-        scheduler: overrides the pipeline's.
-        layers_present: names of the layers that its processors sit on; None when it opens layers by hooks.
-        branches: guidance branches of one batch, in the order of its rows; () finds them out.
-        own_kernels: plans may call torch's variable-length and flex attention in place of the model's kernel.
-    """
-
-    def __init__(
-        self,
-        controls: Sequence[Control],
-        pipe: Any = None,
-        scheduler: Any = None,
-        layers_present: Callable[[], frozenset[str] | None] | None = None,
-        branches: Sequence[str] = (),
-        own_kernels: bool = False,
-    ) -> None:
-        self.controls = tuple(controls)
-        self.own_kernels = own_kernels
-        self.branches = tuple(branches)
-        self.pipe = pipe
-        self._scheduler = scheduler
-        self.layers_present = layers_present
-        self.attached = False
-        self.forwards = 0
-        self.seats: list[Seat] = []
-        self._encoded: dict[str, Tensor] = {}
-
-    @property
-    def scheduler(self) -> Any:
-        return self._scheduler if self._scheduler is not None else getattr(self.pipe, "scheduler", None)
-
-    def embeds(self, region: Region, family: Family) -> Tensor:
-        """The region's encoded prompt [tokens, channels]; encoded at first use.
-
-        Raises:
-            ControlError: for a bare model and a region without prompt_embeds.
-        """
-        if region.prompt_embeds is not None:
-            return region.prompt_embeds
-        if self.pipe is None:
-            raise ControlError(
-                f"Region '{region.label}' has a prompt but no prompt_embeds, and a bare model has no text encoder. "
-                "Attach to the pipeline, or give the region prompt_embeds of shape [tokens, channels]."
-            )
-        if region.prompt not in self._encoded:
-            self._encoded[region.prompt] = family.encode(self.pipe, region.prompt)
-        return self._encoded[region.prompt]
 
 
 class Engine:
@@ -208,7 +155,8 @@ class Engine:
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
         step = Step(moment, branches, rows, active)
         leads = not (skipped_blocks(arguments) or (self.tap.branch or "").endswith("_skip"))
-        self._guidance.begin(step, self.stack.guides(moment), leads)
+        guides = self.stack.guides(moment)
+        self._guidance.begin(step, guides, leads, functools.partial(prefixes_of, self, step, guides))
         return step
 
     @property
@@ -229,13 +177,14 @@ class Engine:
         pending, self._pending = self._pending, None
         self._wraps.take(finished)
         self._norms.take()
+        self._guidance.ended(finished)
         if not finished:
             return
         for entry in self.entries:
             entry.forwards += 1
         if pending is None:
             return
-        unmet = self.tap.unmet()
+        unmet = [layer for layer in self.tap.unmet() if layer.name not in self._guidance.replayed]
         silent = [layer for layer in unmet if layer.name not in pending.left_out]
         if silent and not self._caches_blocks():
             raise SilentControlError(

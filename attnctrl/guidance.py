@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .errors import ControlError
 from .families import Arguments, Family
 from .perturb import exact
 from .place import Branches
+from .replay import Prefix, Records, Stretch, mapped, recording, replaying
 from .schedule import Moment, Window
 
 __all__ = ["Guidance", "Guide", "Step", "added", "copied", "increment", "rows_of_arguments"]
@@ -41,11 +42,13 @@ class Guide:
         scale: w, how far to go away from it; 0 is "not there".
         rescale: in [0, 1], how far the increment g shrinks (or grows) by std(c) / std(c + g), taken over all of a row.
         window: when it runs.
+        replay: what comes before its first perturbed layer is taken from the prompt's forward where it can be.
     """
 
     scale: float
     rescale: float = 0.0
     window: Window = (0.0, 1.0)
+    replay: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,25 +66,49 @@ class Guidance:
 
     Attributes:
         further: the step of the perturbed forward that runs at present; None in the pipeline's own forwards.
+        replayed: names of the layers that it leaves out.
     """
 
     def __init__(self, family: Family, model: Any) -> None:
         self.family = family
         self.model = model
         self.further: Step | None = None
+        self.replayed: frozenset[str] = frozenset()
+        self._prefixes: Mapping[Guide, Prefix] = {}
+        self._records: Records | None = None
+        self._recording = ExitStack()
         self._due: tuple[Step, Mapping[Guide, tuple[int, ...]], bool] | None = None
         self._kept: tuple[Tensor, Any, list[Tensor]] | None = None
         self._told: set[Guide] = set()
 
-    def begin(self, step: Step, guides: Mapping[Guide, tuple[int, ...]], leads: bool) -> None:
+    def begin(
+        self,
+        step: Step,
+        guides: Mapping[Guide, tuple[int, ...]],
+        leads: bool,
+        prefixes: Callable[[], Mapping[Guide, Prefix]],
+    ) -> None:
         """A forward of the pipeline begins, in a step with these branches; `guides` holds the seats of each.
 
-        `leads`: when it holds the prompt's rows, they are the plain ones and not those of a branch that the pipeline
-        perturbs by itself.
+        Args:
+            leads: when it holds the prompt's rows, they are the plain ones and not those of a branch that the pipeline
+                perturbs by itself.
+            prefixes: what the perturbed forwards can take from it.
         """
         self._due = (step, guides, leads and "cond" in step.branches) if guides else None
         if not guides:
             self._kept = None
+        if self._due is not None and self._due[2]:
+            self._prefixes = prefixes()
+            self._records = self._recording.enter_context(
+                recording(self.model, self._prefixes.values(), _prompts(step), len(step.rows))
+            )
+
+    def ended(self, finished: bool) -> None:
+        """A forward has ended, of the pipeline or a perturbed one; `finished` is False after an exception."""
+        self._recording.close()
+        if not finished:
+            self._records = None
 
     def finish(self, output: Any, arguments: Arguments, forward: Callable[[Arguments], Any]) -> Any:
         """The output of a forward of the pipeline with what the perturbed branches of its step add.
@@ -99,12 +126,16 @@ class Guidance:
         step, guides, leads = due
         sample = _sample(output)
         latents = arguments[self.family.hidden]
-        mine = [number for number, row in enumerate(step.rows) if row.branch == "cond"]
+        mine = _prompts(step)
         if leads:
             inputs = rows_of_arguments(arguments, mine, len(step.rows), (self.family.hidden, self.family.prompt))
             steps = {guide: _perturbed(step, mine, seats) for guide, seats in guides.items()}
             own = [sample[number] for number in mine]
-            increments = [self._increment(own, latents, inputs, guide, step, forward) for guide, step in steps.items()]
+            records, self._records = self._records, None
+            increments = []
+            for guide, step in steps.items():
+                perturbed = self._predicted(guide, step, records, lambda: forward(copied(inputs)))
+                increments.append(self._increment(own, perturbed, latents[0], guide))
             found = [torch.stack(parts).sum(0) for parts in zip(*increments, strict=True)]
             self._kept = (self.family.timestep(inputs).reshape(-1)[0], inputs[self.family.hidden], found)
         else:
@@ -112,27 +143,30 @@ class Guidance:
         rows = [added(row, found[number % len(found)], latents[0]) for number, row in enumerate(sample)]
         return _with_sample(output, torch.stack(rows) if isinstance(sample, Tensor) else rows)
 
-    def _increment(
-        self,
-        own: list[Tensor],
-        latents: Any,
-        inputs: Arguments,
-        guide: Guide,
-        step: Step,
-        forward: Callable[[Arguments], Any],
-    ) -> list[Tensor]:
-        """g of each of the prompt's rows, from one perturbed forward."""
-        self.further = step
+    def _predicted(self, guide: Guide, step: Step, records: Records | None, forward: Callable[[], Any]) -> Any:
+        """What a perturbed forward predicts for the prompt's rows."""
+        prefix = self._prefixes[guide]
+        reason = prefix.reason or ("nothing was kept" if records is None else records.lack(prefix))
         # caches keep what they know of a branch by its name; a model without diffusers' hooks would be given some
         named = "_diffusers_hook" in vars(self.model) and hasattr(self.model, "cache_context")
-        context = self.model.cache_context(PERTURBED) if named else nullcontext()
+        self.further = step
+        left_out: Sequence[Stretch] = ()
         try:
-            with context:
-                perturbed = _sample(forward(copied(inputs)))
+            with ExitStack() as stack:
+                stack.enter_context(self.model.cache_context(PERTURBED) if named else nullcontext())
+                if records is not None and not reason:
+                    self.replayed = prefix.layers
+                    left_out = stack.enter_context(replaying(self.model, prefix, records))
+                output = forward()
         finally:
-            self.further = None
+            self.further, self.replayed = None, frozenset()
+        prefix.tell(f"in full: {reason}" if reason else prefix.say(left_out))
+        return _sample(output)
+
+    def _increment(self, own: list[Tensor], perturbed: Any, latents: Tensor, guide: Guide) -> list[Tensor]:
+        """g of each of the prompt's rows; `latents` are those of one row."""
         pairs = zip(own, perturbed, strict=True)
-        found = [increment(_guided(c, latents[0]), _guided(p, latents[0]), guide) for c, p in pairs]
+        found = [increment(_guided(c, latents), _guided(p, latents), guide) for c, p in pairs]
         if guide not in self._told:
             self._told.add(guide)
             if not any(bool(part.any()) for part in found):
@@ -202,24 +236,19 @@ def rows_of_arguments(arguments: Arguments, rows: Sequence[int], batch: int, lis
             return value
         if name in lists and isinstance(value, list):
             return [value[number] for number in rows]
-        return _mapped(value, lambda x: x[list(rows)] if x.ndim and len(x) == batch else x)
+        return mapped(value, lambda x: x[list(rows)] if x.ndim and len(x) == batch else x)
 
     return {name: cut(name, value) for name, value in arguments.items()}
 
 
 def copied(arguments: Arguments) -> Arguments:
     """The same tensors in other lists and dictionaries: some models take things out of those that they are given."""
-    return {name: _mapped(value, lambda x: x) for name, value in arguments.items()}
+    return {name: mapped(value, lambda x: x) for name, value in arguments.items()}
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _mapped(one, change) for name, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(one, change) for one in value)
-    return value
+def _prompts(step: Step) -> list[int]:
+    """Numbers of the rows of the prompt."""
+    return [number for number, row in enumerate(step.rows) if row.branch == "cond"]
 
 
 def _perturbed(step: Step, mine: Sequence[int], seats: tuple[int, ...]) -> Step:

@@ -71,7 +71,9 @@ class Place:
 
     def batch(self, arguments: Arguments, pipes: Sequence[Any]) -> Branches:
         """Branches of a family that runs them as one batch; () when this forward holds a single one."""
-        if len(arguments[self.family.hidden]) == 1 or skipped_blocks(arguments):
+        # guiders of modular pipelines run each branch in a forward of its own
+        apart = any(getattr(pipe, "guider", None) is not None for pipe in pipes)
+        if len(arguments[self.family.hidden]) == 1 or skipped_blocks(arguments) or apart:
             return ()
         guided = next((found for pipe in pipes if (found := _guided(pipe)) is not None), None)
         if guided is None:

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, Perturb, RegionModulation, Regions, Share, ShareStyle
-from .engine import Engine, Entry, engine_of
+from .engine import Engine, engine_of
+from .entry import Entry
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
 from .select import select

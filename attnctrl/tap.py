@@ -23,9 +23,10 @@ from .call import Act
 from .errors import LayoutError, UnsupportedModelError
 from .guidance import copied
 from .kernels import calls_kernel, clear_scopes, close_scope, enter, leave, open_scope, settle
+from .replay import within
 from .select import Layer, describe
 
-__all__ = ["Tap", "check_model", "execution_device", "is_compiled", "stand_in", "stand_in_notes"]
+__all__ = ["Tap", "check_model", "execution_device", "hooks_of", "is_compiled", "stand_in", "stand_in_notes"]
 
 
 def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
@@ -36,7 +37,7 @@ def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
 
 def is_compiled(model: nn.Module) -> bool:
     """The model is being traced, or it or one of its blocks was compiled in place."""
-    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in model.modules())
+    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in within(model))
 
 
 def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -211,26 +212,26 @@ class Tap:
 
     def has_caches(self) -> bool:
         """Hooks of diffusers on the model keep outputs of earlier steps."""
-        return any(hook._is_stateful for module in self.model.modules() for hook in _hooks(module))
+        return any(hook._is_stateful for module in within(self.model) for hook in hooks_of(module))
 
     def shares_caches(self) -> bool:
         """What is kept of attention layers is not told apart by guidance branch."""
-        hooks = (hook for layer in self.layers for hook in _hooks(layer.module))
+        hooks = (hook for layer in self.layers for hook in hooks_of(layer.module))
         return any(hook._is_stateful and not _managers(hook) for hook in hooks)
 
     def halves_batches(self) -> bool:
         """FasterCache runs the layers on the prompt's rows alone in some steps."""
-        return any(not getattr(hook, "is_guidance_distilled", True) for hook in _hooks(self.model))
+        return any(not getattr(hook, "is_guidance_distilled", True) for hook in hooks_of(self.model))
 
     def reset_caches(self) -> None:
         """Forget what diffusers' caches hold of earlier steps; the branch that is announced stays so."""
         from diffusers.hooks.faster_cache import FasterCacheBlockHook
 
         for module in self.model.modules():
-            managers = [(one, one._context) for hook in _hooks(module) for one in _managers(hook)]
+            managers = [(one, one._context) for hook in hooks_of(module) for one in _managers(hook)]
             if "_diffusers_hook" in vars(module):
                 vars(module)["_diffusers_hook"].reset_stateful_hooks(recurse=False)
-            for hook in _hooks(module):
+            for hook in hooks_of(module):
                 if isinstance(hook, FasterCacheBlockHook):
                     # a count of 0 is one at which it would use what it does not have
                     hook.state.iteration = hook.block_skip_range
@@ -239,7 +240,7 @@ class Tap:
 
     def perturbed(self) -> frozenset[str]:
         """Names of the layers that a guider has taken the scores from or leaves out, until it cleans up."""
-        return frozenset(name for name, *modules in self._places if any(map(_perturbs, chain(*map(_hooks, modules)))))
+        return frozenset(name for name, *modules in self._places if any(map(_perturbs, chain(*map(hooks_of, modules)))))
 
     def clear(self) -> None:
         """Back to idle between forwards."""
@@ -340,7 +341,7 @@ class Tap:
         self._shadowed = []
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def hooks_of(module: nn.Module) -> list[Any]:
     """Diffusers' own hooks on a module."""
     registry = vars(module).get("_diffusers_hook")
     return [] if registry is None else list(registry.hooks.values())

@@ -72,7 +72,7 @@ def test_the_page_of_inversion_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_page_of_perturbed_attention_runs() -> None:
     names: dict = {}
-    first, second, third, fourth = blocks("perturb.md")
+    first, second, third, fourth, fifth = blocks("perturb.md")
     exec(first, names)
     [told] = names["handle"].report().controls
     assert (told.steps, told.rows) == ((0, 1), (("perturbed", 0),))
@@ -80,8 +80,12 @@ def test_the_page_of_perturbed_attention_runs() -> None:
     assert names["handle"].report().forwards == 2 * 3
     exec(third, names)
     [told] = names["handle"].report().controls
-    assert (told.name, told.acted, told.steps) == ("skip", "mid.self:0", (0, 1))
+    assert (names["handle"].report().forwards, told.forwards, told.rows) == (2 * 3, 2, (("perturbed", 0),))
+    assert any(line.startswith("replayed") for line in told.plans)
     exec(fourth, names)
+    [told] = names["handle"].report().controls
+    assert (told.name, told.acted, told.steps) == ("skip", "mid.self:0", (0, 1))
+    exec(fifth, names)
     [told] = names["handle"].report().controls
     assert (told.name, told.rows, names["handle"].report().forwards) == ("nag", (("cond", 0),), 2)
 

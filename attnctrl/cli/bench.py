@@ -76,6 +76,26 @@ def compile_(form: FormatOption = Format.human) -> None:
 
 
 @app.command()
+def guidance(
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of the interleaved loops.")] = 9,
+    form: FormatOption = Format.human,
+) -> None:
+    """Time steps with a perturbed branch against vanilla ones, against their bound, and against diffusers' own.
+
+    Example:
+
+      attnctrl bench guidance --format json
+    """
+    from attnctrl.bench_guidance import bench_guidance
+    from attnctrl.provenance import versions
+
+    hush()
+    result = {**bench_guidance(repeats), "versions": versions()}
+    lines = [f"{row['family']}\t{row['layer']}\t{row['cfg']}\t{row['step_ratio']:.3f}" for row in result["rows"]]
+    emit(form, result, lambda: guidance_table(result), lines)
+
+
+@app.command()
 def inversion(
     model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
     pictures: Annotated[int, typer.Option(min=1, max=10_000, help="Renders, inverted in one batch.")] = 8,
@@ -113,6 +133,27 @@ def inversion_table(result: Mapping[str, Any]) -> Table:
         errors = (f"{row[name]:.2e}" for name in ("rms", "worst"))
         quality = (f"{row[name]:.1f}" for name in ("psnr", "least_psnr"))
         shown.add_row(row["method"], str(row["steps"]), str(row["forwards"]), *errors, gain, *quality)
+    return shown
+
+
+def guidance_table(result: Mapping[str, Any]) -> Table:
+    """The rows for people; all but the errors are ratios to a vanilla step."""
+    from rich.table import Table
+
+    columns = {
+        "rho": "rho",
+        "bound": "bound",
+        "flop_ratio": "operations",
+        "step_ratio": "time",
+        "full_ratio": "in full",
+    }
+    shown = Table("family", "layer", "cfg", *columns.values(), "diffusers'", "max error", title="steps / vanilla steps")
+    for row in result["rows"]:
+        ratios = (f"{row[name]:.3f}" for name in columns)
+        shown.add_row(row["family"], row["layer"], row["cfg"], *ratios, "", f"{row['max_err']:.1e}")
+    for row in result["theirs"]:
+        times = ("", "", "", f"{row['ours_ratio']:.3f}", "", f"{row['theirs_ratio']:.3f}")
+        shown.add_row(row["family"], row["layer"], row["cfg"], *times, f"{row['max_err']:.1e}")
     return shown
 
 

@@ -64,6 +64,7 @@ class Perturb(Control):
         temperature: of "temperature".
         scale: w of the branch; 0 is "not there".
         rescale: in [0, 1]; see `attnctrl.guidance.Guide`.
+        replay: the branch takes what comes before its first perturbed layer from the prompt's forward, where it can.
     """
 
     name: ClassVar[str] = "perturb"
@@ -76,6 +77,7 @@ class Perturb(Control):
     temperature: float = field(default=2.0, kw_only=True)
     scale: float = field(default=3.0, kw_only=True)
     rescale: float = field(default=0.0, kw_only=True)
+    replay: bool = field(default=True, kw_only=True)
     branch: Branch = field(default="perturbed", kw_only=True)
 
     def __new__(cls, *args: Any, **given: Any) -> Perturb:
@@ -148,7 +150,7 @@ class Perturb(Control):
 
     @property
     def guide(self) -> Guide | None:
-        return Guide(self.scale, self.rescale, self.window) if self.branch == "perturbed" else None
+        return Guide(self.scale, self.rescale, self.window, self.replay) if self.branch == "perturbed" else None
 
     @property
     def is_idle(self) -> bool:

@@ -101,6 +101,11 @@ class Family:
         readers: tokenizers whose tokens stand in the text sequence, in its order; () where words cannot be found in it.
         rotary: model -> how queries and keys of image tokens turn with their positions; None where they do not, or not
             in steps of whole tokens.
+        lists: attributes of the model that hold its blocks, in forward order, a list of them or one; () are those that
+            its layers stand in. A block hands on to the next one.
+        read_later: those lists of whose blocks each output is read again, far behind them.
+        parts: a block or a part of one -> names within it of the parts that it calls, in that order; () where it is not
+            worth parting.
         corner: (model, frames of a forward) -> where the first image token stands, by the axes of `rotary`; () where
             tokens do not turn. None where that is not known.
         returns: by stack, those arguments of a block's forward that have the form of what it returns, in its order;
@@ -129,6 +134,9 @@ class Family:
     sigma: Callable[[float], float] | None = None
     readers: tuple[Reader, ...] = ()
     rotary: Callable[[Any], Rotary] | None = None
+    lists: tuple[str, ...] = ()
+    read_later: tuple[str, ...] = ()
+    parts: Callable[[nn.Module], Sequence[str]] = lambda block: ()
     corner: Callable[[Any, Frames], tuple[float, ...]] | None = None
     returns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: tuple[str, ...] = ()

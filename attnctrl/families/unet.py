@@ -65,6 +65,15 @@ def arrange(model: Any, measures: Measures) -> Frames:
     return Frames.of(**frames)
 
 
+def parts(block: Any) -> list[str]:
+    """Of a level its residual and attention blocks by turns; of these their transformer blocks."""
+    inner = len(getattr(block, "transformer_blocks", ()))
+    pairs = ((f"resnets.{index}", f"attentions.{index}") for index in range(len(getattr(block, "resnets", ()))))
+    found = [f"transformer_blocks.{index}" for index in range(inner)] or [name for pair in pairs for name in pair]
+    there = {name for name, _ in block.named_modules()}
+    return [name for name in found if name in there]
+
+
 def count_tokens(pipe: Any, prompt: str) -> int:
     """CLIP's full length, padding included: Stable Diffusion reads it as well."""
     return int(pipe.tokenizer.model_max_length)
@@ -93,6 +102,9 @@ UNET = Family(
     append_text=append_to("encoder_attention_mask"),
     encode=encode_prompt,
     count=count_tokens,
+    lists=("down_blocks", "mid_block", "up_blocks"),
+    read_later=("down_blocks",),
+    parts=parts,
     readers=(Reader(limit=lambda pipe: pipe.tokenizer.model_max_length),),
     corner=still,
 )
