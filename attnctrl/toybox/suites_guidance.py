@@ -109,7 +109,7 @@ def fidelity(task: Task, images: Images) -> float:
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
     "unet": {"kind": "identity", "layers": "up.self", "scale": 0.5},
     "flux": {"kind": "identity", "layers": "single", "scale": 0.5},
-    "sd3": {"kind": "identity", "layers": "middle", "scale": 0.5},
+    "sd3": {"kind": "identity", "layers": "middle", "scale": 1.5},
 }
 """What is perturbed in the model of each family, chosen on "tune"."""
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
