@@ -75,7 +75,7 @@ def test_every_page_with_python_has_a_test_that_runs_it() -> None:
 
 
 def test_the_reference_holds_every_public_name() -> None:
-    """`::: path` of each name leads to the very object, and to no other."""
+    """`::: path` of each name leads to the very object, and to no other, where it is written: the site follows no import."""
     from attnctrl import pipelines
 
     found: dict[str, list[str]] = {"attnctrl": [], "pipelines": []}
@@ -85,7 +85,9 @@ def test_the_reference_holds_every_public_name() -> None:
         # pipelines/ stands beside attnctrl/ and is installed inside it
         public = pipelines if room == "pipelines" else ac
         module = import_module(f"attnctrl.{home}" if room == "pipelines" else home)
-        assert getattr(module, name) is getattr(public, name), path
+        there = getattr(module, name)
+        assert there is getattr(public, name), path
+        assert there.__module__ == module.__name__, path
         found[room].append(name)
     assert sorted(found["attnctrl"]) == sorted(ac.__all__)
     assert sorted(found["pipelines"]) == sorted(pipelines.__all__)
