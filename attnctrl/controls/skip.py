@@ -30,7 +30,7 @@ class Skip(Control):
     """Blocks or their attention are left out, and the picture is led away from what that gives.
 
     As with `Perturb` the prompt's rows run through the model once more, in a branch "perturbed", and guided =
-    u + s (c - u) + scale (c - p). `Skip` and `Perturb` with equal scale, rescale and window share one branch. With
+    u + s (c - u) + scale (c - p). `Skip` and `Perturb` with equal scale, rescale, window and replay share one branch. With
     branch="all" the layers are left out of the run itself, and there is no further forward; in "cond" or "uncond" that
     works where these branches have forwards of their own.
 
@@ -44,6 +44,7 @@ class Skip(Control):
         scale: w of the branch; 0 is "not there". Defaults of scale and window are those of SD3.5-Medium, whose layers
             are "joint:7-9".
         rescale: in [0, 1]; see `attnctrl.guidance.Guide`.
+        replay: the branch takes what comes before its first layer from the prompt's forward, where it can.
     """
 
     name: ClassVar[str] = "skip"
@@ -52,6 +53,7 @@ class Skip(Control):
     what: What = "block"
     scale: float = field(default=2.8, kw_only=True)
     rescale: float = field(default=0.0, kw_only=True)
+    replay: bool = field(default=True, kw_only=True)
     window: Window = field(default=(0.01, 0.2), kw_only=True)
     branch: Branch = field(default="perturbed", kw_only=True)
 
@@ -70,7 +72,7 @@ class Skip(Control):
 
     @property
     def guide(self) -> Guide | None:
-        return Guide(self.scale, self.rescale, self.window) if self.branch == "perturbed" else None
+        return Guide(self.scale, self.rescale, self.window, self.replay) if self.branch == "perturbed" else None
 
     @property
     def is_idle(self) -> bool:

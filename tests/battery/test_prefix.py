@@ -341,3 +341,23 @@ def test_gradients_pass_through_what_is_replayed() -> None:
             (grad,) = torch.autograd.grad(setting.run(hidden_states=latents).square().sum(), latents)
         found.append(grad)
     assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max()
+
+
+@every_family
+@pytest.mark.parametrize("what", ["block", "attention"])
+def test_layers_left_out_cost_what_comes_behind_them(family: Any, what: Any) -> None:
+    """`Skip` opens such a branch as well: its first block is the first that runs."""
+    setting: Setting = family(batch=2)
+    last = family_of(setting.model).layers(setting.model)[-1]
+    told = {"layers": last.name, "window": (0.0, 1.0)}
+    if last.stack in family_of(setting.model).fused and what == "attention":
+        with pytest.raises(ac.UnsupportedModelError, match="cannot be left out alone"):
+            outcome(setting, ac.Skip(what, **told))
+        return
+    out, replayed = outcome(setting, ac.Skip(what, **told))
+    full, refused = outcome(setting, ac.Skip(what, replay=False, **told))
+    assert torch.equal(out, full)
+    assert not torch.equal(out, setting.run())
+    assert refused == ("in full: replay=False",)
+    alone = len(blocks_of(setting.model)) == 1
+    assert replayed[0].startswith("in full: " if alone else "replayed")
