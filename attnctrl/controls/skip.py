@@ -30,9 +30,9 @@ class Skip(Control):
     """Blocks or their attention are left out, and the picture is led away from what that gives.
 
     As with `Perturb` the prompt's rows run through the model once more, in a branch "perturbed", and guided =
-    u + s (c - u) + scale (c - p). `Skip` and `Perturb` with equal scale, rescale, window and replay share one branch. With
-    branch="all" the layers are left out of the run itself, and there is no further forward; in "cond" or "uncond" that
-    works where these branches have forwards of their own.
+    u + s (c - u) + scale (c - p). `Skip` and `Perturb` with equal scale, rescale, window and replay share one branch.
+    With branch="all" the layers are left out of the run itself, and there is no further forward; in "cond" or "uncond"
+    that works where these branches have forwards of their own.
 
     Attributes:
         what: "block", the whole block of each chosen layer gives back what it gets: SLG. In UNets that is one
