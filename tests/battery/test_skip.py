@@ -125,7 +125,7 @@ def test_skips_and_perturbations_of_one_guide_are_one_branch() -> None:
         ("double:0", (("perturbed", 0),)),
         ("single:1", (("perturbed", 0),)),
     ]
-    assert told[0].plans == ("blocks left out",)
+    assert told[0].plans == ("blocks left out", "in full: transformer_blocks.0.attn is in the first block")
 
 
 def _uniform() -> ac.Perturb:
