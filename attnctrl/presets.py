@@ -264,10 +264,9 @@ def _styled(name: str, fields: Mapping[str, Any]) -> list[Control]:
         raise ControlError(f"'{name}': {error}. See attnctrl.ShareStyle.") from error
 
 
-DEFAULTS: Mapping[str, str] = {"unet": "texts", "sd3": "texts"}
+DEFAULTS: Mapping[str, str] = {"unet": "texts"}
 """By family: the preset that was measured best on its embedded model, where that is not "layout". On the coarse levels
-of a UNet a box covers one or two tokens, and isolation there costs subjects; toy-sd3 parts subjects by itself, and
-isolation costs it their shapes."""
+of a UNet a box covers one or two tokens, and isolation there costs subjects."""
 
 
 def default_preset(pipe: Any) -> str:
