@@ -1,7 +1,7 @@
 """The curve of docs/perturb.md: `python docs/curves.py` draws what `attnctrl eval guidance --variants` measured.
 
-One panel for each embedded model: binding and Frechet distance over the scale of the perturbed branch, from none (0) to
-too much, with the model's own guidance as a line across. Drawn with Pillow from benchmarks/results/.
+One panel for each model that was measured so: binding and Frechet distance over the scale of the perturbed branch, from
+none (0) to too much, with the model's own guidance as a line across. Drawn with Pillow from benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from diagrams import GREY, INK, KINDS, canvas, write
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
-OUT = Path(__file__).parent / "images" / "guidance-curve.png"
-MODELS = ("toy-sd", "toy-sd3", "toy-flux")
+OUT = Path(__file__).parent / "guidance-curve.png"
+MODELS = ("toy-sd", "toy-sd3")
 PANEL, GAP, TOP = (230, 170), 60, 70
 METRICS = {"binding": KINDS["A"], "frechet": KINDS["B"]}
 

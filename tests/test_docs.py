@@ -182,7 +182,7 @@ def test_the_page_of_evaluation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_diagrams_are_what_their_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image, ImageChops
+    from PIL import Image
 
     monkeypatch.syspath_prepend(DOCS)
     drawn = import_module("diagrams").diagrams()
@@ -192,12 +192,7 @@ def test_diagrams_are_what_their_script_draws(monkeypatch: pytest.MonkeyPatch) -
     assert shown == list(drawn)
     for name, image in drawn.items():
         with Image.open(kept[name]) as stored:
-            assert stored.size == image.size
-            # releases of Pillow round the edges of letters differently
-            far = (
-                ImageChops.difference(stored.convert("RGB"), image).convert("L").point(lambda value: 255 * (value > 96))
-            )
-            assert sum(far.histogram()[1:]) < 0.005 * image.width * image.height, name
+            assert far_apart(stored, image) < 0.005, name
 
 
 def test_the_hook_of_commits_is_the_linter_of_the_tests() -> None:
@@ -215,3 +210,21 @@ def test_citation_and_package_agree() -> None:
     assert cited["cff-version"] == "1.2.0"
     for key in ("version", "license"):
         assert re.search(rf'^{key} = "{cited[key]}"$', package, flags=re.MULTILINE)
+
+
+def far_apart(stored: Any, drawn: Any) -> float:
+    """Share of pixels that differ much; releases of Pillow round the edges of letters differently."""
+    from PIL import ImageChops
+
+    assert stored.size == drawn.size
+    far = ImageChops.difference(stored.convert("RGB"), drawn).convert("L").point(lambda value: 255 * (value > 96))
+    return sum(far.histogram()[1:]) / (drawn.width * drawn.height)
+
+
+def test_the_curve_is_what_its_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the stored results: they and the picture change together."""
+    from PIL import Image
+
+    monkeypatch.syspath_prepend(str(DOCS))
+    with Image.open(DOCS / "guidance-curve.png") as kept:
+        assert far_apart(kept, import_module("curves").curve()) < 0.002
