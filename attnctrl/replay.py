@@ -8,13 +8,15 @@ a model does between its blocks (residuals of a ControlNet, joining of streams) 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from .standin import standing_in
 
 __all__ = ["Prefix", "Records", "Stretch", "mapped", "recording", "replaying", "within"]
 
@@ -103,7 +105,7 @@ def recording(model: nn.Module, prefixes: Iterable[Prefix], rows: Sequence[int],
             records.outputs[name] = _own(out, lambda x: x[list(rows)] if x.ndim and len(x) == batch else x.clone())
         return out
 
-    with _standing_in(model, {name: partial(run, name) for name in heads | kept}):
+    with standing_in((model.get_submodule(name), partial(run, name)) for name in heads | kept):
         yield records
 
 
@@ -128,26 +130,9 @@ def replaying(model: nn.Module, prefix: Prefix, records: Records) -> Iterator[li
             fillers[stretch] = _own(records.outputs[stretch.kept[-1]], Tensor.clone)
         return fillers[stretch]
 
-    with _standing_in(model, {name: partial(run, one, name) for one in prefix.stretches for name in one.blocks}):
+    blocks = ((one, name) for one in prefix.stretches for name in one.blocks)
+    with standing_in((model.get_submodule(name), partial(run, one, name)) for one, name in blocks):
         yield left_out
-
-
-@contextmanager
-def _standing_in(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Functions in the place of modules' forwards, called with the forward itself; outside of what offloads them."""
-    put: list[tuple[dict[str, Any], Any]] = []
-    try:
-        for name, function in functions.items():
-            module = model.get_submodule(name)
-            put.append((vars(module), vars(module).get("forward")))
-            vars(module)["forward"] = partial(function, module.forward)
-        yield
-    finally:
-        for place, before in put:
-            if before is None:
-                place.pop("forward", None)
-            else:
-                place["forward"] = before
 
 
 def within(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ stands there already. The module's own hooks run as ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from .layout import Frames
 from .reuse import Kept, Part
 from .schedule import Moment
 from .select import Layer
+from .standin import standing_in
 from .tap import is_compiled
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ class Wraps:
             )
             for layer in layers
         }
-        self._placed: list[tuple[nn.Module, Any, Any]] = []
+        self._placed = ExitStack()
 
     def put(
         self,
@@ -177,8 +179,7 @@ class Wraps:
         found: list[Wrapped] = []
         for number in numbers:
             found += self._asked(number, stack.seats[number], acting, present[number], now, found)
-        for one in found:
-            self._place(one.wrap)
+        self._placed.enter_context(standing_in((one.wrap.module, one.wrap.function) for one in found))
         return found
 
     def _asked(
@@ -215,27 +216,11 @@ class Wraps:
                 met.setdefault(wrap.module, Wrapped(number, name, wrap))
         return list(met.values())
 
-    def _place(self, wrap: Wrap) -> None:
-        module, forward = wrap.module, wrap.module.forward
-
-        def around(*args: Any, **kwargs: Any) -> Any:
-            return wrap.function(forward, *args, **kwargs)
-
-        self._placed.append((module, around, module.__dict__.get("forward")))
-        module.__dict__["forward"] = around
-
     def take(self, finished: bool) -> None:
         """Leave all modules as they were; when a forward was not `finished`, nothing is kept of its run."""
         if not finished:
             self.kept.clear()
-        for module, around, before in reversed(self._placed):
-            if module.__dict__.get("forward") is not around:
-                continue
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
-        self._placed = []
+        self._placed.close()
 
 
 def _parts(stack: Stack, rows: Sequence[Row], variants: Sequence[Variant], kind: tuple[Any, ...]) -> tuple[Part, ...]:

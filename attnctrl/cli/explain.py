@@ -11,7 +11,7 @@ import typer
 
 from attnctrl.cli.generate import read_scene
 from attnctrl.cli.groups import Sampling, with_groups
-from attnctrl.cli.loading import ModelOption, model_for
+from attnctrl.cli.loading import ModelOption, check_preset, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush
 
 if TYPE_CHECKING:
@@ -62,12 +62,9 @@ def explain(
 def _with_preset(scene: Scene, outline: Outline, name: str) -> Scene:
     """The scene under another stack of controls. Raises `typer.BadParameter`, `ControlError`."""
     from attnctrl.pipelines.settings import entries_of
-    from attnctrl.presets import PRESETS
     from attnctrl.presets import preset as stack_of
-    from attnctrl.scenecheck import nearest
 
-    if name not in PRESETS:
-        raise typer.BadParameter(f"no preset '{name}'; {nearest(name, PRESETS)}", param_hint="--preset")
+    check_preset(name)
     regions = scene.regions_on(outline, outline.settings(scene).max_sequence_length)
     return scene.replace(controls=entries_of(stack_of(name, regions)))
 

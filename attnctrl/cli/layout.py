@@ -11,7 +11,7 @@ import typer
 
 from attnctrl.cli.generate import tell
 from attnctrl.cli.groups import Sampling, Seed, Size, with_groups
-from attnctrl.cli.loading import Loading, QuickModel, load, named_model
+from attnctrl.cli.loading import Loading, QuickModel, check_preset, load, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
@@ -71,12 +71,9 @@ def layout(
       attnctrl layout "a red circle left, a blue square right" -s "a red circle left" -a 0,0.2,0.45,0.8 -s "a blue square right" -a 0.55,0.2,1,0.8
     """  # noqa: E501
     from attnctrl.pipelines.layout import LayoutPipeline, scene_of
-    from attnctrl.presets import PRESETS
-    from attnctrl.scenecheck import nearest
 
     subjects = _subjects(prompt, subject or [], at or [], reference or [])
-    if preset is not None and preset not in PRESETS:
-        raise typer.BadParameter(f"no preset '{preset}'; {nearest(preset, PRESETS)}", param_hint="--preset")
+    check_preset(preset)
     told: dict[str, Any] = {**vars(size), "background": background, "negative_prompt": negative_prompt}
     # wrong places and files are found before a model is loaded
     scene_of({**told, **sampling.changes(), "prompt": prompt, "version": 1}, subjects, "layout")

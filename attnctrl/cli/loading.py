@@ -23,6 +23,7 @@ __all__ = [
     "ModelOption",
     "QuickModel",
     "check_device",
+    "check_preset",
     "load",
     "model_for",
     "named_model",
@@ -225,3 +226,12 @@ def check_device(device: str | None) -> str | None:
         reason = str(error).strip().splitlines()[0]
         raise typer.BadParameter(f"'{device}' cannot be used here: {reason}", param_hint="--device") from error
     return device
+
+
+def check_preset(name: str | None) -> None:
+    """Raises `typer.BadParameter` for a stack of controls that there is not; None is the model's own."""
+    from attnctrl.presets import PRESETS
+    from attnctrl.scenecheck import nearest
+
+    if name is not None and name not in PRESETS:
+        raise typer.BadParameter(f"no preset '{name}'; {nearest(name, PRESETS)}", param_hint="--preset")

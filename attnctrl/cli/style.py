@@ -10,7 +10,7 @@ import typer
 
 from attnctrl.cli.groups import Sampling, Seed, Size, with_groups
 from attnctrl.cli.invert import read_picture
-from attnctrl.cli.loading import Loading, QuickModel, load, named_model
+from attnctrl.cli.loading import Loading, QuickModel, check_preset, load, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 
@@ -53,12 +53,9 @@ def style(
       attnctrl style "a red circle" "a blue star" --picture poster.png --picture-prompt "a green heart"
     """
     from attnctrl.pipelines.style import StylePipeline, told_prompts
-    from attnctrl.presets import PRESETS
-    from attnctrl.scenecheck import nearest
 
     told_prompts(prompts, style, picture is None)
-    if preset is not None and preset not in PRESETS:
-        raise typer.BadParameter(f"no preset '{preset}'; {nearest(preset, PRESETS)}", param_hint="--preset")
+    check_preset(preset)
     if picture is None and (picture_prompt or cleaner):
         raise typer.BadParameter("--picture-prompt and --cleaner are of a picture; give --picture with them.")
     if picture is not None and not picture_prompt.strip():

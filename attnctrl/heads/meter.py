@@ -7,7 +7,7 @@ row of each guidance branch runs, and the others take over its output; the batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -21,6 +21,7 @@ from ..guidance import rows_of_arguments
 from ..place import Place
 from ..schedule import Window, active_steps
 from ..select import Layer
+from ..standin import standing_in
 
 __all__ = ["Cost", "Meter"]
 
@@ -66,12 +67,9 @@ class Meter:
         """
         if self._for != run:
             self._for, self._kept = run, {}
-        model: Any = self.model
-        with ExitStack() as stack:
-            stack.enter_context(_standing_in(model, _Run(self, model.forward, copies, window, scheduler)))
-            for layer in self.layers:
-                # no hooks: blocks that have some are not passed over by what replays them
-                stack.enter_context(_standing_in(layer.module, partial(self._counted, layer.module.forward)))
+        # no hooks: blocks that have some are not passed over by what replays them
+        counted = ((layer.module, self._counted) for layer in self.layers)
+        with standing_in([(self.model, _Run(self, copies, window, scheduler)), *counted]):
             yield
 
     def _counted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -80,40 +78,25 @@ class Meter:
         return out
 
 
-@contextmanager
-def _standing_in(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """A module's forward is this function, and afterwards what it was."""
-    own = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
 class _Run:
     """Stands for the model's forward during one call of a pipeline."""
 
-    def __init__(
-        self, meter: Meter, forward: Callable[..., Any], copies: int, window: Window | None, scheduler: Any
-    ) -> None:
-        self.meter, self.forward, self.copies, self.window = meter, forward, copies, window
+    def __init__(self, meter: Meter, copies: int, window: Window | None, scheduler: Any) -> None:
+        self.meter, self.copies, self.window = meter, copies, window
         self.place, self.scheduler = Place(meter.family), scheduler
         self.last, self.nth = -1, 0
         bound = signature(type(meter.model).forward).bind
         self.bound = partial(bound, meter.model)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments: Arguments = dict(self.bound(*args, **kwargs).arguments)
         arguments.pop(next(iter(arguments)))
         latents = arguments[self.meter.family.hidden]
         step = self._common_step(arguments)
         if step is None or not _alike(latents, self.copies):
             self.meter.cost.rows += len(latents)
-            return self.forward(*args, **kwargs)
-        return self._shared(arguments, latents, step)
+            return forward(*args, **kwargs)
+        return self._shared(forward, arguments, latents, step)
 
     def _common_step(self, arguments: Arguments) -> int | None:
         """The step, if it comes before the first in which something acts."""
@@ -127,7 +110,7 @@ class _Run:
             return None
         return moment.step
 
-    def _shared(self, arguments: Arguments, latents: Tensor, step: int) -> Any:
+    def _shared(self, forward: Callable[..., Any], arguments: Arguments, latents: Tensor, step: int) -> Any:
         """One row for all copies; the n-th forward of a step is that of the n-th branch."""
         self.nth, self.last = (self.nth + 1 if step == self.last else 0), step
         family, rows = self.meter.family, list(range(0, len(latents), self.copies))
@@ -136,7 +119,7 @@ class _Run:
         if kept is None or not torch.equal(kept[0], mine):
             given = rows_of_arguments(arguments, rows, len(latents), (family.hidden, family.prompt))
             self.meter.cost.rows += len(rows)
-            kept = self.meter._kept[key] = (mine.clone(), self.forward(**given))
+            kept = self.meter._kept[key] = (mine.clone(), forward(**given))
         return _repeated(kept[1], self.copies)
 
 
