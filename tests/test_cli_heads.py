@@ -89,7 +89,8 @@ def test_a_search_writes_a_set_that_works(folder: Path, bright: list[int], call:
     assert result["cost"]["in_all"] + asked["report"] == result["cost"]["forwards"]
     assert heads.search.forwards == asked["forwards"]
     assert result["cost"]["forwards"] == asked["forwards"] + asked["confirm"] + asked["report"]
-    assert sum(bright) == asked["pictures"] + 2 * 2 + 4 * 4
+    # two layers at three strengths on two pairs; nothing, two prefixes and the best layer on four
+    assert sum(bright) == asked["pictures"] + 2 * 3 * 2 + 4 * 4
     with Image.open(result["atlas"]) as sheet:
         assert sheet.width > 3 * 96
     # what is known costs nothing

@@ -246,6 +246,20 @@ def test_bad_objectives_are_told_with_the_candidate() -> None:
             plan(**wrong)
 
 
+def test_a_whole_layer_is_tried_at_smaller_strengths_too() -> None:
+    class Soft(Fake):
+        def draw(self, pair: Pair, sets: Sequence[HeadSet]) -> Tensor:
+            strengths = torch.tensor([one.strongest if one.heads else 0.0 for one in sets])
+            return super().draw(pair, sets) * strengths[:, None, None, None]
+
+    found = search(Fake(), Objective("value", value), plan(k=2, rounds=1))
+    much = [Objective("little", lambda images, prompts: -(images[:, 0, 2].sum(-1) - 4 * 0.125).abs())]
+    layer = best_layer(Scorer(Soft(), much), found, PAIRS)
+    # strength 0.5 of the set, a quarter of it is just right
+    assert (layer.heads[0][0], layer.strength, len(layer.heads)) == ("joint:2", 0.125, 4)
+    assert best_layer(Scorer(Soft(), much), found, PAIRS, shares=(1.0,)).strength == 0.5
+
+
 def test_confirmation_on_pairs_that_were_not_seen() -> None:
     """Every prefix against no perturbation, pair by pair; a whole layer beside them."""
     scorer = Scorer(Fake(), [Objective("value", value)])
@@ -259,6 +273,8 @@ def test_confirmation_on_pairs_that_were_not_seen() -> None:
     expected = {"none": 0, "first 1": 3, "first 2": 5, "first 3": 6, "first 4": 5.5, "layer": 1.5}
     assert deltas == pytest.approx(expected, abs=1e-5)
     assert (told["best"], told["pairs"]) == (3, 6)
+    over = {row["name"]: row["over"]["layer"]["delta"] for row in told["rows"]}
+    assert over == pytest.approx({name: delta - expected["layer"] for name, delta in expected.items()}, abs=1e-5)
     low, high = next(row["ci95"] for row in told["rows"] if row["name"] == "first 2")
     assert low == pytest.approx(5, abs=1e-5) == high
     assert [len(one.heads) for one in prefixes(found, [4, 2])] == [2, 4]

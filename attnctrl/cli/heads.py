@@ -163,14 +163,19 @@ def _shown(result: Mapping[str, Any]) -> Any:
     parts: list[Any] = [_table(result["heads"], f"heads for {result['model']}")]
     if "confirm" in result:
         title = f"on {result['confirm']['pairs']} held-out pairs; the best prefix has {result['confirm']['best']}"
-        held = Table("set", "heads", "mean", "gain", "95 % interval", title=title, title_justify="left")
+        columns = ("gain", "95 % interval", "over the layer", "95 % interval")
+        held = Table("set", "heads", "mean", *columns, title=title, title_justify="left")
         for row in result["confirm"]["rows"]:
-            low, high = row["ci95"]
-            gain = (f"{row['controlled']:.4f}", f"{row['delta']:+.4f}", f"{low:+.4f} .. {high:+.4f}")
-            held.add_row(row["name"], str(row["heads"]), *gain)
+            gains = [cell for one in (row, *row["over"].values()) for cell in _gain(one)]
+            held.add_row(row["name"], str(row["heads"]), f"{row['controlled']:.4f}", *gains)
         parts.append(held)
     files = [str(result[name]) for name in ("output", "atlas") if name in result]
     parts.append(
         f"{cost['forwards']} forwards, {cost['block_forwards']:.1f} of them by blocks; wrote {', '.join(files)}"
     )
     return Group(*parts)
+
+
+def _gain(told: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = told["ci95"]
+    return f"{told['delta']:+.4f}", f"{low:+.4f} .. {high:+.4f}"

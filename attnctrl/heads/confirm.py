@@ -1,7 +1,8 @@
 """What a set of heads is worth on prompts and seeds that the search has not seen.
 
 The best of many candidates looks better on the pairs that it was chosen on than it is. So each prefix of the set, in
-the order in which heads were found, is scored on other pairs, beside the layer that is best as a whole.
+the order in which heads were found, is scored on other pairs, beside the layer that is best as a whole. A whole layer
+moves more than a few heads do, so it may also be perturbed less than they are.
 """
 
 from __future__ import annotations
@@ -32,13 +33,26 @@ def prefixes(heads: HeadSet, sizes: Sequence[int] | None = None) -> list[HeadSet
     return [heads.first(size) for size in wanted]
 
 
-def best_layer(scorer: Scorer, heads: HeadSet, pairs: Sequence[Pair]) -> HeadSet:
-    """All heads of the layer that scores best on these pairs, perturbed as the set is; of equal ones the first."""
+LAYER_SHARES = (1.0, 0.5, 0.25)
+"""Of the set's strength, at which a whole layer is tried."""
+
+
+def best_layer(
+    scorer: Scorer, heads: HeadSet, pairs: Sequence[Pair], shares: Sequence[float] = LAYER_SHARES
+) -> HeadSet:
+    """All heads of the layer that scores best on these pairs, at the best of `shares` of the set's strength.
+
+    Of equal ones it is the first.
+    """
     layers: dict[str, list[Head]] = {}
     for layer, head in scorer.sampler.heads:
         layers.setdefault(layer, []).append((layer, head))
     strength = heads.strongest if isinstance(heads.strength, tuple) else heads.strength
-    sets = [heads.changed(heads=tuple(one), strength=strength, search=None) for one in layers.values()]
+    sets = [
+        heads.changed(heads=tuple(one), strength=share * strength, search=None)
+        for share in shares
+        for one in layers.values()
+    ]
     scorer.total += len(sets) * len(pairs)
     table = [scorer.scores(sets, pair) for pair in pairs]
     means = [math.fsum(column) for column in zip(*table, strict=True)]
@@ -63,8 +77,8 @@ def confirm(
 
     Returns:
         "rows": name, number of heads, and mean, difference to no perturbation and its 95 % interval over the pairs, as
-        `attnctrl.metrics.stats.metric` gives them; "best", the number of heads of the best prefix, the smaller of equal
-        ones; "pairs".
+        `attnctrl.metrics.stats.metric` gives them; "over": the same difference and interval to each of `others`.
+        "best", the number of heads of the best prefix, the smaller of equal ones; "pairs".
 
     Raises:
         ControlError: without pairs.
@@ -76,7 +90,20 @@ def confirm(
     scorer.total += len(sets) * len(pairs)
     table = [scorer.scores(list(sets.values()), pair) for pair in pairs]
     columns = dict(zip(sets, zip(*table, strict=True), strict=True))
-    rows = [{"name": name, "heads": len(sets[name].heads), **metric(columns["none"], columns[name])} for name in sets]
+    rows = [
+        {
+            "name": name,
+            "heads": len(one.heads),
+            **metric(columns["none"], columns[name]),
+            "over": {other: _over(columns[other], columns[name]) for other in others or {}},
+        }
+        for name, one in sets.items()
+    ]
     means = {len(one.heads): math.fsum(columns[name]) for name, one in first.items()}
     best = max(means, key=lambda size: (means[size], -size))
     return {"pairs": len(pairs), "best": best, "rows": rows}
+
+
+def _over(other: Sequence[float], own: Sequence[float]) -> dict[str, Any]:
+    found = metric(other, own)
+    return {name: found[name] for name in ("delta", "ci95")}

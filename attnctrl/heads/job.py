@@ -13,7 +13,7 @@ from ..headset import HeadSet, Kind
 from ..scenefile import FileRefused, read_bounded
 from ..select import Selector
 from .atlas import atlas, atlas_price
-from .confirm import best_layer, confirm
+from .confirm import LAYER_SHARES, best_layer, confirm
 from .sampler import Pair, PipelineSampler
 from .scores import Advance, Objective, Scorer
 from .search import Plan, estimate, found_by
@@ -106,7 +106,7 @@ class Job:
         layers = len(dict.fromkeys(layer for layer, _ in heads))
         weak = plan.weak(heads[:1])
         wanted = min(plan.k * plan.rounds, len(plan.pool(sampler)))
-        whole = _price(sampler, [weak] * layers) * len(plan.pairs)
+        whole = _price(sampler, [weak] * layers * len(LAYER_SHARES)) * len(plan.pairs)
         held = _price(sampler, [plan.weak(()), *[weak] * (wanted + 1)]) * len(self.held)
         confirming = whole + held if self.held else 0
         report = atlas_price(sampler, plan.weak) if self.report is not None else 0
@@ -124,7 +124,8 @@ class Job:
         told: dict[str, Any] = {"heads": scores_of(found), "output": str(found.save(self.output))}
         if self.held:
             layer = best_layer(scorer, found, self.plan.pairs)
-            told["confirm"] = confirm(scorer, found, self.held, {f"all of {layer.heads[0][0]}": layer})
+            name = f"all of {layer.heads[0][0]}, u = {layer.strongest:g}"
+            told["confirm"] = confirm(scorer, found, self.held, {name: layer})
         if self.report is not None and found.search is not None:
             deltas = {one.head: one.delta for one in found.search.rounds[0].scores}
             sheet = atlas(self.sampler, self.plan.pairs[0], self.plan.weak, deltas, found.heads)
