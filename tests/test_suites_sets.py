@@ -148,7 +148,9 @@ def test_guidance_is_compared_with_none_and_with_the_models_own(monkeypatch):
     found = measure(suite, runner, "tiny", 2, None, Options(variants=True))
     ways = list(dict.fromkeys(seen))
     assert ways == [(1.0, 1.0, False), (1.0, 1.0, True), (1.0, 5.0, False), (1.0, 5.0, True)]
-    assert {"binding", "early.style", "scale_0_5.binding", "cfg.binding", "cfg_and_perturbed.binding"} <= set(found["metrics"])
+    assert {"binding", "early.style", "scale_0_5.binding", "cfg.binding", "cfg_and_perturbed.binding"} <= set(
+        found["metrics"]
+    )
     (one,) = guidance.perturbed(scale=4.0)(runner, [])
     (early,) = guidance.perturbed(window=guidance.EARLY)(runner, [])
     (own,) = guidance.perturbed()(runner, [])
