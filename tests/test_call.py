@@ -8,8 +8,10 @@ from execute_tools import INF, Spy, formula, inputs, random_visibility
 from torch import Tensor
 
 from attnctrl.call import Act
+from attnctrl.content import States
 from attnctrl.errors import PlanError
 from attnctrl.execute import plan, sdpa
+from attnctrl.variants import RowSet, row_set
 from attnctrl.visibility import Visibility
 
 TOKENS = 40
@@ -36,6 +38,30 @@ def test_rows_have_plans_of_their_own() -> None:
     out = act().run(q, k, v, None, sdpa, None)
     assert (out - expected(q, k, v, torch.zeros(()))).abs().max() < 1e-12
     assert (out[2:] - formula(visibilities()[0], q[2:], k[2:], v[2:])).abs().max() < 1e-12
+
+
+def test_rows_that_follow_each_other_are_views_and_contents_see_one_set_at_a_time() -> None:
+    spy, met = Spy(), []
+    q, k, v = inputs(TOKENS, batch=4)
+
+    class Twice:
+        def __call__(self, own: States, batch: States, rows: Tensor) -> States:
+            met.append(rows.tolist())
+            assert [torch.equal(mine, whole[rows]) for mine, whole in zip(own, batch, strict=True)] == [True] * 3
+            return own._replace(key=own.key * 2)
+
+    parts: list[RowSet] = [row_set([1, 2], q.device), row_set([0, 3], q.device)]
+    out = Act(
+        [(rows, None) for rows in parts], (TOKENS, TOKENS), contents=[(parts[0], (Twice(),)), (parts[1], ())]
+    ).run(q, k, v, None, spy, None)
+    assert met == [[1, 2]]
+    (first_q, first_k, first_v, *_), (second_q, *_) = spy.calls
+    assert first_q.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+    assert second_q.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
+    assert first_v.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert torch.equal(first_k, k[1:3] * 2)
+    doubled = k * torch.tensor([1.0, 2, 2, 1], dtype=k.dtype).view(4, 1, 1, 1)
+    assert torch.equal(out, sdpa(q, doubled, v))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1, TOKENS), (1, 2, TOKENS, TOKENS), (3, TOKENS), (TOKENS, TOKENS)])
