@@ -261,3 +261,18 @@ def test_what_is_replaced_has_no_influence_and_what_is_not_has() -> None:
                 outside = torch.cat([one.grad[:, :, : image.start], one.grad[:, :, image.stop :]], 2)
                 assert (name in names) == bool((inside == 0).all())
                 assert (name in names and whose == "all") == bool((outside == 0).all())
+
+
+def test_queries_and_texts_of_a_bank_are_nothing_to_those_who_share_it() -> None:
+    setting = flux(batch=2)
+    plain, rich = (captured(setting, 1, **more)[0] for more in ({}, {"queries": True, "texts": True}))
+    assert rich.nbytes == plain.nbytes * 3 * (setting.text + 24) // (2 * 24)
+    found = []
+    for bank in (plain, rich):
+        with attached(setting, ac.Share(bank=bank)):
+            found.append(setting.run(**setting.single(0)))
+    assert torch.equal(*found)
+    again = ac.Keep(bank=plain, queries=True)
+    said = r"keeps tokens='all', every=1, queries=False.*queries=True"
+    with attached(setting, again), pytest.raises(ac.ControlError, match=said):
+        setting.run(**setting.single(0))
