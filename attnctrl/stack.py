@@ -24,7 +24,7 @@ from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets
 from .situations import Seat, Situations, make_room
 from .sources import Move, Rows, Sources, Stored
-from .variants import Line, Variant
+from .variants import Line, Variant, row_set
 from .visibility import Visibility
 
 __all__ = ["Acts", "Presence", "Seat", "Stack", "placed"]
@@ -324,7 +324,7 @@ class Stack(Situations):
         unplanned, unedited, unchanged = all(plan is None for plan in plans), not any(outputs), not any(contents)
         if unplanned and unedited and unchanged:
             return None
-        mine = [None if len(rows) == 1 else torch.tensor(one, device=device) for one in rows.values()]
+        mine = [None if len(rows) == 1 else row_set(one, device) for one in rows.values()]
         # without a plan all rows are one call
         parts = [(None, None)] if unplanned else list(zip(mine, plans, strict=True))
         sources = [
