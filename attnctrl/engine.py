@@ -29,6 +29,7 @@ from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Stack, placed
+from .tables import Tables
 from .tap import Tap, check_model, execution_device, is_compiled
 from .texts import Texts
 from .watch import watched
@@ -60,6 +61,7 @@ class Engine:
         self._guidance = Guidance(self.family, self.model)
         self._wraps = Wraps(self.family, model, self.layers, self.tap.shares_caches)
         self._norms = Norms(model)
+        self._tables = Tables(model, self.family.table)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
         self._pending: Due | None = None
         self._warned: set[str] = set()
@@ -177,6 +179,7 @@ class Engine:
         pending, self._pending = self._pending, None
         self._wraps.take(finished)
         self._norms.take()
+        self._tables.take()
         self._guidance.ended(finished)
         if not finished:
             return
@@ -242,6 +245,7 @@ class Engine:
             acts = watched(acts, self.stack, own, variants, watching, made, moment, device, lambda: self._identity)
         self._warn_of_masks(acts)
         self._norms.put(self.stack.pooled(acting), len(acting))
+        self._tables.put(self.stack, variants, present)
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})

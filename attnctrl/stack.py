@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .bank import checked_branch
 from .call import Act, Blend, Row, Situation, build_plan
@@ -245,6 +246,17 @@ class Stack(Situations):
             )
         scale = prod(move.scale for _, move in made)
         return Move(turned[0][1] if turned else None, scale) if made else None
+
+    def exchanged(self, variant: Variant, frame: str, acting: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
+        """(seat, other picture, shift) of what becomes of other pictures of the batch before their first layer, for a
+        variant's layers of a frame, see `Control.exchange`."""
+        asked, sharing = [n for n in acting if self.seats[n].control.exchanges], self.sharing(acting)
+        if not asked or sharing is None or sharing.recalls is not None:
+            return []
+        reads = self.reads(variant, frame, acting)
+        situation = self.situation(variant, frame, reads)
+        made = [(n, other, self.seats[n].control.exchange(situation, other)) for n in asked for other in reads]
+        return [(n, other, shift) for n, other, shift in made if shift is not None]
 
     def outputs(
         self,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from ..bank import Bank
 from ..call import Blend, Probe, Situation
 from ..content import Content, Places
@@ -199,6 +201,16 @@ class Control:
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
         """What becomes of the keys of another picture that is read; None leaves them."""
+        return None
+
+    @property
+    def exchanges(self) -> bool:
+        """It changes what stands where before the first layer, see `exchange`."""
+        return False
+
+    def exchange(self, situation: Situation, other: int) -> Tensor | None:
+        """How far image tokens of another picture that is read go before its first layer: float64 [image tokens, 2]
+        (y, x), in tokens; None leaves them."""
         return None
 
     @property
