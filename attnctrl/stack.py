@@ -74,7 +74,9 @@ class Stack(Situations):
                     continue
             if is_active(control.window, moment, control.name):
                 chosen.append(number)
-        return tuple(chosen)
+        controls = [self.seats[number].control for number in chosen]
+        sharing = any(one.shares for one in controls)
+        return tuple(n for n, one in zip(chosen, controls, strict=True) if sharing or not one.looks_ahead)
 
     def guides(self, moment: Moment) -> dict[Guide, tuple[int, ...]]:
         """The perturbed branches that run now, with the numbers of the seats that act in each beside those of "cond".
@@ -92,7 +94,8 @@ class Stack(Situations):
     def needs_position(self) -> bool:
         """Some window depends on where in the run a forward stands, or somebody counts steps."""
         controls = [seat.control for seat in self.seats]
-        return any(one.observes or one.draws or one.names_branches or not is_full(one.window) for one in controls)
+        counting = (one.observes or one.draws or one.names_branches or one.looks_ahead for one in controls)
+        return any(counting) or not all(is_full(one.window) for one in controls)
 
     def needs_branches(self) -> bool:
         """Somebody must know of each row which guidance branch it is."""
