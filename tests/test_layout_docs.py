@@ -116,13 +116,14 @@ def test_the_page_of_sharing_runs() -> None:
 
 def test_the_page_of_reposition_runs() -> None:
     names: dict = {}
-    turned, placed = blocks("reposition.md")
+    turned, exchanged, placed = blocks("reposition.md")
     exec(turned, names)
     share, reposition = names["handle"].report().controls
     assert share.steps == reposition.steps == (0, 1)
-    exec(placed, names)
-    assert len(names["kept"]) == 1
-    assert names["pins"].forwards == 2
+    for block in (exchanged, placed):
+        exec(block, names)
+        assert len(names["kept"]) == 1
+        assert names["pins"].forwards == 2
 
 
 def test_the_page_of_subjects_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from ..bank import Bank
 from ..call import Blend, Probe, Situation
 from ..content import Content, Places
@@ -67,6 +69,9 @@ class Control:
     """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
+    looks_ahead: ClassVar[bool] = False
+    """A forward in which nothing is read of other pictures runs ahead of each that it acts in, and its `probes` watch
+    that one; it acts where something is shared."""
     wraps: ClassVar[bool] = False
     """It goes around whole modules, see `wrap`."""
     keeps: ClassVar[bool] = False
@@ -129,8 +134,11 @@ class Control:
         return ()
 
     def probes(self, view: View) -> Mapping[str, Probe]:
-        """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
+        """By layer, what watches its kernel call in the forward that begins; of controls that observe or look ahead."""
         return {}
+
+    def forget(self) -> None:
+        """The forward that it looked ahead of has ended: what was kept for it goes."""
 
     def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Content]:
         """Its part in the content stage of a layer: what becomes of queries, keys and values; () leaves them alone.
@@ -199,6 +207,16 @@ class Control:
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
         """What becomes of the keys of another picture that is read; None leaves them."""
+        return None
+
+    @property
+    def exchanges(self) -> bool:
+        """It changes what stands where before the first layer, see `exchange`."""
+        return False
+
+    def exchange(self, situation: Situation, other: int) -> Tensor | None:
+        """How far image tokens of another picture that is read go before its first layer: float64 [image tokens, 2]
+        (y, x), in tokens; None leaves them."""
         return None
 
     @property
