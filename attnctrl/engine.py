@@ -22,7 +22,7 @@ from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .norms import Norms
-from .place import Branches, Place, rows_of, skipped_blocks
+from .place import Branches, Place, guidance_of, rows_of, skipped_blocks
 from .prefix import prefixes_of
 from .region import Region
 from .report import arrived, left
@@ -153,7 +153,8 @@ class Engine:
         branches = self._branches(arguments, scheduler)
         rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
-        step = Step(moment, branches, rows, active)
+        scale = guidance_of(self.family, [entry.pipe for entry in self.entries], branches)
+        step = Step(moment, branches, rows, active, scale)
         leads = not (skipped_blocks(arguments) or (self.tap.branch or "").endswith("_skip"))
         guides = self.stack.guides(moment)
         self._guidance.begin(step, guides, leads, functools.partial(prefixes_of, self, step, guides))

@@ -11,8 +11,8 @@ from ..bank import Bank
 from ..call import Blend, Probe, Situation
 from ..content import Content, Places
 from ..errors import ControlError
-from ..guidance import Guide
 from ..headset import HeadSet
+from ..increments import Guide
 from ..layout import Span
 from ..output import Output
 from ..region import Overlap, Region

@@ -19,8 +19,8 @@ from .. import perturb as forms
 from ..call import Situation
 from ..errors import ControlError
 from ..execute import as_bias
-from ..guidance import Guide
 from ..headset import HeadSet, Kind, is_written_set
+from ..increments import Guide, RescaleMode
 from ..output import Executed
 from ..select import Layer
 from .base import Branch, Control, Scenes
@@ -43,8 +43,8 @@ class Perturb(Control):
 
     The prompt's rows run through the model once more, in a branch "perturbed" in which these layers are perturbed, and
     guided = u + s (c - u) + scale (c - p). Controls of the branches "cond" and "all" act there too. Several `Perturb`
-    with equal scale, rescale and window share one branch; others have branches of their own. With branch="cond",
-    "uncond" or "all" the perturbation acts in that branch itself, and there is no further forward.
+    with an equal `Guide` share one branch; others have branches of their own. With branch="cond", "uncond" or "all" the
+    perturbation acts in that branch itself, and there is no further forward.
 
     Attributes:
         kind: what the map A becomes. "identity", each token reads itself alone; "uniform", all it sees alike;
@@ -63,7 +63,7 @@ class Perturb(Control):
         sigma: of "blur", in tokens.
         temperature: of "temperature".
         scale: w of the branch; 0 is "not there".
-        rescale: in [0, 1]; see `attnctrl.guidance.Guide`.
+        rescale, rescale_mode: in [0, 1], and what of; see `attnctrl.increments.Guide`.
         replay: the branch takes what comes before its first perturbed layer from the prompt's forward, where it can.
     """
 
@@ -77,6 +77,7 @@ class Perturb(Control):
     temperature: float = field(default=2.0, kw_only=True)
     scale: float = field(default=3.0, kw_only=True)
     rescale: float = field(default=0.0, kw_only=True)
+    rescale_mode: RescaleMode = field(default="partial", kw_only=True)
     replay: bool = field(default=True, kw_only=True)
     branch: Branch = field(default="perturbed", kw_only=True)
 
@@ -99,7 +100,7 @@ class Perturb(Control):
         elif self.heads is not None:
             object.__setattr__(self, "heads", _numbers(self.heads))  # type: ignore[arg-type]
         super().__post_init__()
-        for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block)):
+        for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block), ("rescale_mode", RescaleMode)):
             self._check_choice(choice, known)
         self._check_range("rescale", 0, 1)
         for positive, low in (("scale", 0), ("sigma", 1e-3), ("temperature", 1e-3)):
@@ -150,7 +151,9 @@ class Perturb(Control):
 
     @property
     def guide(self) -> Guide | None:
-        return Guide(self.scale, self.rescale, self.window, self.replay) if self.branch == "perturbed" else None
+        if self.branch != "perturbed":
+            return None
+        return Guide(self.scale, self.rescale, self.window, self.replay, self.rescale_mode)
 
     @property
     def is_idle(self) -> bool:
