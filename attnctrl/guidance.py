@@ -24,9 +24,10 @@ from .call import Row
 from .errors import ControlError
 from .families import Arguments, Family
 from .increments import Guide, increments
+from .nested import mapped
 from .perturb import exact
 from .place import Branches
-from .replay import Prefix, Records, Stretch, mapped, recording, replaying
+from .replay import Prefix, Records, Stretch, recording, replaying
 from .schedule import Moment
 
 __all__ = ["Guidance", "Step", "added", "copied", "rows_of_arguments"]
@@ -238,14 +239,14 @@ def rows_of_arguments(arguments: Arguments, rows: Sequence[int], batch: int, lis
             return value
         if name in lists and isinstance(value, list):
             return [value[number] for number in rows]
-        return mapped(value, lambda x: x[list(rows)] if x.ndim and len(x) == batch else x)
+        return mapped(lambda x: x[list(rows)] if x.ndim and len(x) == batch else x, value)
 
     return {name: cut(name, value) for name, value in arguments.items()}
 
 
 def copied(arguments: Arguments) -> Arguments:
     """The same tensors in other lists and dictionaries: some models take things out of those that they are given."""
-    return {name: mapped(value, lambda x: x) for name, value in arguments.items()}
+    return {name: mapped(lambda x: x, value) for name, value in arguments.items()}
 
 
 def _prompts(step: Step) -> list[int]:
