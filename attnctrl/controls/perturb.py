@@ -71,7 +71,7 @@ class Perturb(Control):
 
     name: ClassVar[str] = "perturb"
 
-    kind: Kind = unless("identity")
+    kind: Kind = field(default=unless("identity"))
     heads: Heads = field(default=None, kw_only=True)
     rows: Rows = field(default="all", kw_only=True)
     block: Block = field(default="row", kw_only=True)
