@@ -24,7 +24,7 @@ from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .norms import Norms
-from .place import Branches, Place, rows_of, skipped_blocks
+from .place import Branches, Place, guidance_of, rows_of, skipped_blocks
 from .prefix import prefixes_of
 from .region import Region
 from .report import arrived, left
@@ -167,7 +167,8 @@ class Engine:
         branches = self._branches(arguments, scheduler)
         rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
-        return Step(moment, branches, rows, active)
+        scale = guidance_of(self.family, [entry.pipe for entry in self.entries], branches)
+        return Step(moment, branches, rows, active, scale)
 
     @contextmanager
     def led(self, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Iterator[None]:

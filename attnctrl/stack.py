@@ -17,7 +17,7 @@ from .controls.base import Control
 from .errors import ControlError
 from .execute import ExecutionPlan, Host
 from .execute.tokens import TokenSet
-from .guidance import Guide
+from .increments import Guide
 from .norms import Pooled
 from .output import Contrasting, Output, RowOutputs
 from .region import by

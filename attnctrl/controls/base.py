@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor
 
@@ -13,8 +13,8 @@ from ..bank import Bank
 from ..call import Blend, Probe, Situation
 from ..content import Content, Places
 from ..errors import ControlError
-from ..guidance import Guide
 from ..headset import HeadSet
+from ..increments import Guide
 from ..layout import Span
 from ..output import Output
 from ..region import Overlap, Region
@@ -26,15 +26,33 @@ from ..visibility import Visibility
 from ..watch import View
 from ..wraps import Now, Site, Wrap
 
-__all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
+__all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "Unless", "default_of", "scenes_of", "unless"]
 
 Branch = Literal["cond", "uncond", "all", "perturbed"]
 Scenes = tuple[tuple[Region, ...], ...]
+T = TypeVar("T")
 
 CODE_ONLY = "code_only"
 """In the metadata of a field: it is given in code, and is no part of documents."""
 CONTROLS: dict[str, type[Control]] = {}
 """All registered controls by name."""
+
+
+@dataclass(frozen=True)
+class Unless:
+    """A field that was not given: it has this value unless another field says it. Never outlives `__post_init__`."""
+
+    value: Any
+
+
+def unless(value: T) -> T:
+    """The default of a field that another field may say."""
+    return cast(T, Unless(value))
+
+
+def default_of(item: Field[Any]) -> Any:
+    """What a field is where nothing says it."""
+    return item.default.value if isinstance(item.default, Unless) else item.default
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -228,7 +246,7 @@ class Control:
         """JSON-serialisable form; fields at their default are left out."""
         data: dict[str, Any] = {"name": self.name}
         for item in fields(self):
-            value, default = getattr(self, item.name), item.default
+            value, default = getattr(self, item.name), default_of(item)
             if value != default and CODE_ONLY in item.metadata:
                 raise ControlError(
                     f"'{self.name}' holds {item.name}={value!r}, which is not written to documents; give it in code."

@@ -113,6 +113,7 @@ class Family:
         fused: stacks whose attention modules hold the feed-forward as well.
         table: name of the module that makes image tokens of latents and adds to each its entry of a table of positions;
             "" where positions are not added to the picture, or not only there.
+        beyond: what a pipeline's guidance_scale lacks to s of u + s (c - u).
     """
 
     name: str
@@ -143,6 +144,7 @@ class Family:
     returns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     table: str = ""
+    beyond: float = 0.0
 
     def standing(self, model: Any) -> Standing:
         """How the image tokens of a model turn with their places."""
