@@ -131,11 +131,12 @@ def test_the_page_of_subjects_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     names: dict = {}
     for block in blocks("subjects.md"):
         exec(block, names)
-    assert len(blocks("subjects.md")) == 4
+    assert len(blocks("subjects.md")) == 5
     assert (tmp_path / "story.png").is_file()
     assert [region.box for region in names["rehearsal"].regions[1]] == [(0.25, 0.5, 0.75, 1.0)]
     assert [region.name for region in names["rehearsal"].regions[0]] == ["ball", "box"]
-    assert [len(names[one].pictures) for one in ("story", "later")] == [2, 1]
+    assert [len(names[one].pictures) for one in ("story", "later", "kept", "saved")] == [2, 1, 2, 1]
+    assert (tmp_path / "cast.safetensors").stat().st_size > names["bank"].nbytes > 0
     page = (ROOT / "docs" / "subjects.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z0-9-]+)` \|", page, flags=re.MULTILINE) == list(SETS)
 
