@@ -40,8 +40,10 @@ test: $(STAMP) ## the tests, on all cores (minutes)
 test-all: $(STAMP) ## the tests, the slow ones too
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-results: $(STAMP) ## docs/results.md and the model cards, from the stored results
+results: $(STAMP) ## measured figures in all pages, model cards and the curve, from the stored results
 	@$(BIN)/python -m attnctrl.toybox.results
+	@$(BIN)/python -m attnctrl.toybox.pages
+	@$(BIN)/python docs/curves.py
 	@for card in assets/toy-*; do $(BIN)/python -m attnctrl.toybox.card $${card#assets/}; done
 
 $(DOCS): $(STAMP)

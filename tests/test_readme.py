@@ -57,21 +57,3 @@ def test_the_scene_shown_is_valid(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     scene = load_scene(path)
     assert [region.prompt for region in scene.regions()] == [one["prompt"] for one in yaml.safe_load(text)["subjects"]]
-
-
-def test_numbers_of_the_layout_table_are_those_stored() -> None:
-    """| `metric`: ... | prompt alone | with boxes | difference (interval) |, a table for each model."""
-    import json
-
-    tables = re.findall(r"<!-- layout (toy-\w+) -->\n(.*?)\n\n", README, flags=re.DOTALL)
-    assert tables
-    for model, table in tables:
-        stored = json.loads((ROOT / "benchmarks" / "results" / f"layout-{model}.json").read_text(encoding="utf-8"))
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-        assert len(rows) >= 6
-        for name, vanilla, controlled, difference in rows:
-            entry = stored["metrics"][re.match(r"`(\w+)`", name)[1]]
-            low, high = entry["ci95"]
-            assert vanilla == f"{entry['vanilla']:.3f}"
-            assert controlled == f"{entry['controlled']:.3f}"
-            assert difference == f"{entry['delta']:+.3f} ({low:+.3f} .. {high:+.3f})"
