@@ -36,6 +36,7 @@ class Tables:
         self._model = model
         self._name = name
         self._handles: list[Any] = []
+        self._found: tuple[Any, dict[int, Tensor]] | None = None
 
     def put(self, stack: Stack, variants: Sequence[Variant], present: Presence) -> None:
         """Let image tokens stand elsewhere in the forward that begins, where controls ask for it.
@@ -64,10 +65,17 @@ class Tables:
                 "Entries of a table of positions cannot be exchanged inside compiled code. Run the model uncompiled, "
                 "or use a canvas (attnctrl.pipelines.canvas)."
             )
-        shifts = {row: one for row, one in exchanges(stack, variants, present).items() if bool(one.any())}
+        shifts = {row: one for row, one in self._shifts(stack, tuple(variants), present).items() if bool(one.any())}
         if shifts:
             hook = partial(_exchanged, shifts, variants[0].frames.main.queries.grid, len(variants))
             self._handles = [self._model.get_submodule(self._name).register_forward_hook(hook)]
+
+    def _shifts(self, stack: Stack, variants: tuple[Variant, ...], present: Presence) -> dict[int, Tensor]:
+        """As of `exchanges`; steps of one phase ask for the same."""
+        key = (stack, variants, present)
+        if self._found is None or self._found[0] != key:
+            self._found = key, exchanges(stack, variants, present)
+        return self._found[1]
 
     def take(self) -> None:
         """Take the hook off."""

@@ -5,6 +5,7 @@ table, entry by entry, and what such a table cannot do.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -140,6 +141,17 @@ def test_equal_places_are_plain_sharing_to_the_bit() -> None:
         stack = [ac.Share(alike, **who), ac.Reposition(mode="table")]
         with ac.attach(setting.model, stack, branches=("cond",)):
             assert torch.equal(setting.run(), plain)
+
+
+def test_steps_of_one_phase_are_asked_once() -> None:
+    setting = sd3(batch=2)
+    stack = [ac.Share(SCENES, **ONE), ac.Reposition(mode="table")]
+    with warnings.catch_warnings(record=True) as seen, ac.attach(setting.model, stack, branches=("cond",)):
+        warnings.simplefilter("always")
+        first = setting.run()
+        assert torch.equal(setting.run(), first)
+    # once for the joint layers, once for the dual ones
+    assert len([one for one in seen if "'reposition'" in str(one.message)]) == 2
 
 
 def test_every_branch_and_group_has_its_own_references() -> None:
