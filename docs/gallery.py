@@ -29,6 +29,7 @@ from attnctrl.pipelines import (
 )
 from attnctrl.pipelines.demo import draw_demo, example
 from attnctrl.pipelines.editing import Editor, EditSettings
+from attnctrl.pipelines.runner import Runner
 from PIL import Image
 
 import attnctrl as ac
@@ -37,7 +38,6 @@ from attnctrl.heads import Pair, PipelineSampler
 from attnctrl.heads.atlas import atlas
 from attnctrl.headset import HeadSet
 from attnctrl.pictures import draw_regions, enlarge, grid
-from attnctrl.toybox.suites_run import Runner
 from attnctrl.toybox.world import WorldScene, WorldSubject, render
 
 HERE = Path(__file__).parent.parent / "assets" / "gallery"

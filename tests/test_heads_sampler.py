@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import tiny_pipes
 import torch
+from attnctrl.pipelines.runner import Runner
 
 import attnctrl as ac
 from attnctrl.heads import HeadSet, Objective, Pair, PipelineSampler, Plan, estimate, search
 from attnctrl.toybox.models.flux import tiny_pipeline
-from attnctrl.toybox.suites_run import Runner
 
 PAIR = Pair("a red circle", 3)
 LAYERS = {"sd3": "joint:0", "flux": "single:0", "sd": "mid.self"}

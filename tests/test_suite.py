@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from attnctrl.pipelines.runner import Runner
 
 from attnctrl.metrics.frechet import frechet_distance
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.suite import COMMON, Options, Picture, Whole, build_controls, diversity, measure, time_ratio
 from attnctrl.toybox.suites_layout import LAYOUT, VARIANTS, worded_preset
-from attnctrl.toybox.suites_run import Runner
 
 
 @pytest.fixture(scope="module")

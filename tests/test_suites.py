@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from attnctrl.pipelines.runner import Runner
 
 from attnctrl.toybox import suites_model, world
 from attnctrl.toybox.models.flux import tiny_pipeline
@@ -21,7 +22,6 @@ from attnctrl.toybox.suites_layout import (
     subject_values,
 )
 from attnctrl.toybox.suites_model import measure_model
-from attnctrl.toybox.suites_run import Runner
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from attnctrl.pipelines.runner import Runner
 
 from attnctrl.errors import UnsupportedModelError
 from attnctrl.toybox import suite, world
@@ -14,7 +15,6 @@ from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.suite import COMMON, Picture, measure
 from attnctrl.toybox.suites import PAIRED
 from attnctrl.toybox.suites_references import COUNTS, REFERENCES, Cast, cast_values, fidelity, values
-from attnctrl.toybox.suites_run import Runner
 
 NAMES = ("identity_similarity", "color", "shape", "inclusion_ratio", "fill_ratio", "leak", "background_similarity")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny_pipes
+from attnctrl.pipelines.runner import Runner
 
 from attnctrl.controls import Share
 from attnctrl.toybox import suites_reposition as suite
@@ -12,7 +13,6 @@ from attnctrl.toybox import world
 from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.scorer import Expected
 from attnctrl.toybox.suite import Options, measure
-from attnctrl.toybox.suites_run import Runner
 from attnctrl.toybox.suites_sets import Told
 
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from attnctrl.pipelines.runner import Runner
 
 from attnctrl.toybox import suites_scorer, world
 from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.scorer import Found, Reading, read_picture
 from attnctrl.toybox.scorer_style import Style
 from attnctrl.toybox.suites import SUITES
-from attnctrl.toybox.suites_run import Runner
 from attnctrl.toybox.suites_scorer import (
     SPOILT,
     by_place,

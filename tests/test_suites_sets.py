@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from attnctrl.pipelines.runner import Runner
 
 from attnctrl.toybox import suites_guidance as guidance
 from attnctrl.toybox import suites_sets as sets
@@ -14,7 +15,6 @@ from attnctrl.toybox.models.flux import tiny_pipeline
 from attnctrl.toybox.suite import Options, measure
 from attnctrl.toybox.suites import PAIRED
 from attnctrl.toybox.suites_reposition import REPOSITION
-from attnctrl.toybox.suites_run import Runner
 
 CENTRES = {"left": 0.3, "right": 0.7, "top": 0.3, "bottom": 0.7}
 

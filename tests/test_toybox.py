@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attnctrl.pipelines.runner import Runner
 from diffusers import AutoencoderKL
 
 from attnctrl.errors import AssetError
 from attnctrl.toybox import data, export, flow, model_path, text, train, vae, world
 from attnctrl.toybox.models import RECIPES, flux, sd, sd3
 from attnctrl.toybox.models.base import v_prediction
-from attnctrl.toybox.suites_run import Runner
 
 
 def scenes(count: int, subjects: int, seed: int = 0) -> list[world.WorldScene]:

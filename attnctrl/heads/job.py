@@ -47,8 +47,7 @@ def load_sampler(
     """
     from attnctrl.pipelines.base import canvas_of
     from attnctrl.pipelines.models import find_model
-
-    from ..toybox.suites_run import Runner
+    from attnctrl.pipelines.runner import Runner
 
     runner = Runner.load(model)
     own = canvas_of(runner.pipe).own

@@ -23,7 +23,7 @@ from ..tap import is_compiled
 from .meter import Cost, Meter
 
 if TYPE_CHECKING:
-    from ..toybox.suites_run import Runner
+    from attnctrl.pipelines.runner import Runner
 
 __all__ = ["Head", "Pair", "PipelineSampler", "Sampler"]
 

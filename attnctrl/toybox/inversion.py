@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from attnctrl.attach import parts_of
+from attnctrl.pipelines.runner import Counter
 
 from .suites_model import held_out_renders
-from .suites_run import Counter
 
 __all__ = ["bench_inversion"]
 

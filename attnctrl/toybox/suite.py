@@ -20,9 +20,8 @@ from attnctrl.execute.bench import interleaved
 from attnctrl.metrics import metric, result, set_metric
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.metrics.stats import Better, Metric
+from attnctrl.pipelines.runner import Counter, Positions, Progress, Runner
 from attnctrl.region import Region
-
-from .suites_run import Counter, Positions, Progress, Runner
 
 Split = Literal["test", "tune"]
 Fields = Mapping[str, Mapping[str, Any]]

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from attnctrl.pipelines.runner import Progress, Runner
+
 from .suite import Options, Suite, measure
 from .suites_guidance import GUIDANCE
 from .suites_layout import ISOLATION, LAYOUT
 from .suites_model import model_suite
 from .suites_references import REFERENCES
 from .suites_reposition import REPOSITION
-from .suites_run import Progress, Runner
 from .suites_scorer import scorer_suite
 from .suites_sets import STYLE, SUBJECTS
 

@@ -17,13 +17,13 @@ from attnctrl.attach import parts_of
 from attnctrl.controls import Control, Perturb
 from attnctrl.families import family_of
 from attnctrl.metrics.frechet import frechet_distance
+from attnctrl.pipelines.runner import Runner
 
 from . import world
 from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Found, agrees, match, read_picture
 from .suite import Drawing, Images, Picture, Stack, Suite, Whole, draw_pictures
 from .suites_layout import told_share
-from .suites_run import Runner
 
 PER_TASK = 2
 """Pictures of each prompt, for their diversity."""

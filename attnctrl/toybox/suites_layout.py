@@ -16,6 +16,7 @@ from attnctrl.controls import Control
 from attnctrl.metrics import background_similarity, fill_ratio, inclusion_ratio, seam
 from attnctrl.metrics.layout import pixel_box
 from attnctrl.phrases import in_prompt
+from attnctrl.pipelines.runner import Runner
 from attnctrl.presets import default_preset, preset
 from attnctrl.region import Region, membership
 
@@ -25,7 +26,6 @@ from .detect import color_detections
 from .scorer import Expected, Reading, agrees, match, read_picture
 from .scorer_color import COLOR_NAMES
 from .suite import Acting, Images, Picture, Suite
-from .suites_run import Runner
 
 Box = tuple[float, float, float, float]
 

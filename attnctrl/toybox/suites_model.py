@@ -12,11 +12,11 @@ from PIL import Image
 
 from attnctrl.metrics import metric, result
 from attnctrl.pictures import grid
+from attnctrl.pipelines.runner import Counter, Progress, Runner
 
 from . import world
 from .scorer import Expected, Found, agrees, match, read_picture
 from .suite import Options
-from .suites_run import Counter, Progress, Runner
 
 LEAST = 200
 """Captions and renders at least, whatever number of seeds is asked for: fewer say little about a rate near 0.9."""

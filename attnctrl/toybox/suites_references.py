@@ -15,6 +15,7 @@ import numpy as np
 from attnctrl.metrics import background_similarity, fill_ratio, identity_similarity, inclusion_ratio
 from attnctrl.metrics.layout import Area, Box
 from attnctrl.metrics.stats import Better
+from attnctrl.pipelines.runner import Positions
 from attnctrl.region import Region
 
 from . import world
@@ -24,7 +25,6 @@ from .embed import identity_embedding
 from .scorer import Expected, Found, Reading, match, read_picture
 from .suite import Acting, Images, Picture, Suite
 from .suites_layout import told_share, worded_preset
-from .suites_run import Positions
 
 _BOXES: dict[str, Box] = {
     "left": (0.0, 0.0, 0.5, 1.0),

@@ -21,12 +21,12 @@ from attnctrl.attach import parts_of
 from attnctrl.controls import Control, Reposition, Share
 from attnctrl.families import family_of
 from attnctrl.metrics.layout import Box
+from attnctrl.pipelines.runner import Runner
 from attnctrl.region import Region
 
 from . import world
 from .scorer import Expected, match, read_picture
 from .suite import Acting, Drawing, Images, Picture, Suite, draw_pictures
-from .suites_run import Runner
 from .suites_sets import Task, Told, fidelity, reposition_values, sample_reposition
 
 SUBJECT = "subject"

@@ -15,13 +15,13 @@ from scipy.optimize import linear_sum_assignment
 
 from attnctrl.metrics import metric, result
 from attnctrl.metrics.stats import Better, Metric
+from attnctrl.pipelines.runner import Counter, Progress, Runner
 
 from . import world
 from .degrade import ALL, KINDS, degrade
 from .scorer import Found, Reading, read_picture
 from .scorer_style import Style
 from .suite import Options
-from .suites_run import Counter, Progress, Runner
 from .suites_scorer_same import PICTURES, measure_separation
 
 HELD_OUT = 77_200_033

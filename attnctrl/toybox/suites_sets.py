@@ -18,6 +18,7 @@ from attnctrl.attach import parts_of
 from attnctrl.controls import Control
 from attnctrl.families import family_of
 from attnctrl.metrics import identity_similarity, set_consistency
+from attnctrl.pipelines.runner import Runner
 from attnctrl.presets import preset, style
 from attnctrl.presets_sets import chosen_options
 from attnctrl.region import Region
@@ -27,7 +28,6 @@ from .embed import identity_embedding, style_embedding
 from .scorer import Expected, Reading, match, read_picture
 from .suite import Acting, Images, Picture, Suite, Whole
 from .suites_layout import told_share
-from .suites_run import Runner
 
 SET = 4
 """Pictures of a set."""

@@ -25,12 +25,13 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
+from attnctrl.pipelines.runner import Runner
+
 from . import world
 from .data import Shard, cached_shard
 from .export import export
 from .flow import REFERENCE_SHARE, Flow, channel_weights, draw
 from .models import RECIPES
-from .suites_run import Runner
 from .vae import train as train_vae
 
 MAIN_SIZE = (64, 64)

@@ -1,4 +1,4 @@
-"""Running a toy model for the suites: loading by name, and prompts in batches with a generator for each picture."""
+"""Running a stock pipeline with its settings: loading by name, prompts in batches with a generator for each picture."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
+from attnctrl.pipelines.base import best_device
+from attnctrl.pipelines.models import find_model, load_pipeline
+from attnctrl.pipelines.references import Positions, with_references
 from PIL import Image
 
-if TYPE_CHECKING:
-    from attnctrl.region import Region
+from attnctrl.region import Region
 
-Positions = Literal["corner", "region", "apart"]
+__all__ = ["Counter", "Decorate", "Positions", "Progress", "Runner"]
+
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
 Decorate = Callable[[int, int], Any]
@@ -51,11 +55,6 @@ class Runner:
         Raises:
             AssetError: There is no such model.
         """
-        import torch
-
-        from attnctrl.pipelines.base import best_device
-        from attnctrl.pipelines.models import find_model, load_pipeline
-
         found, device = find_model(model), best_device()
         pipe = load_pipeline(found, torch.float32 if device == "cpu" else torch.bfloat16, device)
         return cls.of(pipe, found.defaults)
@@ -110,8 +109,6 @@ class Runner:
             showing: makes a pipeline for the pictures [start, stop) of a batch, in the place of `pipe`; see
                 `Runner.showing`.
         """
-        import torch
-
         images: list[np.ndarray] = []
         for start in range(0, len(prompts), self.batch):
             stop = min(start + self.batch, len(prompts))
@@ -153,8 +150,6 @@ class Runner:
         Raises:
             UnsupportedModelError: The model follows none.
         """
-        from attnctrl.pipelines.references import with_references
-
         shown = [[Image.fromarray(one) for one in sample] for sample in references]
         return with_references(self.pipe, shown, positions=positions, regions=regions)
 
