@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from .bank import Recalled
-from .content import RowContents, States, changed
+from .content import Content, RowContents, States, changed, followed, of_rows
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .execute.tokens import TokenSet
 from .groups import Group, Words, partition
 from .layout import Frame, Layout
-from .output import RowOutputs, edited, of_rows
+from .output import RowOutputs, Run, edited, mask_of
 from .region import Region
 from .schedule import Moment
 from .sources import Sources, compacted, shifted
-from .variants import Line
+from .variants import Line, RowSet
 from .visibility import Visibility, compose
 
 _Own = tuple[Tensor, Tensor, Tensor | None]
@@ -219,13 +219,14 @@ class Act:
     """What a layer does during one forward: for each set of rows a plan, or the untouched kernel.
 
     Attributes:
-        parts: (rows int64 [n] or None for all, plan or None for untouched); () leaves the layer's own call as it is.
+        parts: (rows, plan or None for untouched); () leaves the layer's own call as it is.
         tokens: numbers of (queries, keys) that the plans are made for.
         call: which of the module's kernel calls is meant; the others, such as those that read an IP-Adapter's
             pictures, stay as they are.
         outputs: what becomes of the executed call, for each set of rows; () leaves it alone.
         sources: of each part, what its rows read of others; () nothing.
-        contents: what becomes of queries, keys and values before, for each set of rows; () leaves them alone.
+        contents: what becomes of queries, keys and values before, for each set of rows, those of `parts` where these
+            tell rows apart; () leaves them alone.
         probes: what watches that call.
     """
 
@@ -233,7 +234,7 @@ class Act:
 
     def __init__(
         self,
-        parts: Sequence[tuple[Tensor | None, ExecutionPlan | None]],
+        parts: Sequence[tuple[RowSet, ExecutionPlan | None]],
         tokens: tuple[int, int],
         call: int = 0,
         outputs: Sequence[RowOutputs] = (),
@@ -247,9 +248,9 @@ class Act:
         self.contents = tuple(contents)
         self.sources = tuple(sources) or (None,) * len(self.parts)
         rows = [rows for rows, _ in self.parts if rows is not None]
-        self._order = torch.argsort(torch.cat(rows)) if rows else None
+        self._split = bool(rows)
         told = rows or [rows for rows, *_ in self.outputs or self.contents if rows is not None]
-        self._rows = sum(map(len, told)) if told else None
+        self._rows = sum(map(_count, told)) if told else None
 
     @property
     def stored(self) -> tuple[Recalled, ...]:
@@ -319,19 +320,44 @@ class Act:
             )
         if mask is not None:
             mask = per_sample(mask, query.shape[0], self.tokens)
-        run = partial(_run_part, kernel)
-        own = changed(self.contents, States(query, key, value))
-        if self._order is None:
-            out = run(
-                self.parts[0][1], own.query, *_read(self.sources[0], (own.key, own.value, mask), key, value), scale
-            )
-        else:
-            pieces = []
-            for (rows, part), sources in zip(self.parts, self.sources, strict=True):
-                mine = own.key[rows], own.value[rows], of_rows(mask, rows)
-                pieces.append(run(part, own.query[rows], *_read(sources, mine, key, value), scale))
-            out = torch.cat(pieces)[self._order]
+        run, batch = partial(_run_part, kernel), States(query, key, value)
+        if self._split and self.contents and not self.outputs:
+            # a set of rows after the other, so that no more than one of them is there twice
+            return self._in_parts(run, batch, batch, [edits for _, edits in self.contents], mask, scale)
+        own = changed(self.contents, batch)
+        out = self._in_parts(run, own, batch, [()] * len(self.parts), mask, scale)
         return edited(self.outputs, out, own, (key, value), mask, run, scale)
+
+    def _in_parts(
+        self,
+        run: Run,
+        own: States,
+        batch: States,
+        edits: Sequence[Sequence[Content]],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """The attention of all rows: one part after the other, each with its contents before."""
+
+        def attended(number: int) -> Tensor:
+            rows, part = self.parts[number]
+            mine = followed(edits[number], of_rows(own, rows), batch, rows)
+            read = _read(self.sources[number], (mine.key, mine.value, mask_of(mask, rows)), batch.key, batch.value)
+            return run(part, mine.query, *read, scale)
+
+        if not self._split:
+            return attended(0)
+        count, heads, tokens, _ = own.query.shape
+        # [B, T, H, D] memory, in which models read it
+        out = own.query.new_empty(count, tokens, heads, own.value.shape[-1]).transpose(1, 2)
+        for number, (rows, _) in enumerate(self.parts):
+            if rows is not None:
+                out[rows] = attended(number).to(out.dtype)
+        return out
+
+
+def _count(rows: Tensor | slice) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def per_sample(mask: Tensor, batch: int, tokens: tuple[int, int]) -> Tensor:

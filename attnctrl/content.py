@@ -18,6 +18,7 @@ from .errors import UnsupportedModelError
 from .layout import Frames
 from .region import Grid
 from .rotary import Rotary, Trig
+from .variants import RowSet, put_rows, row_numbers
 
 __all__ = [
     "Content",
@@ -28,9 +29,11 @@ __all__ = [
     "States",
     "adain",
     "changed",
+    "followed",
     "matched",
     "moments",
     "moments_before",
+    "of_rows",
     "places_of",
 ]
 
@@ -46,7 +49,10 @@ class States(NamedTuple):
 
 
 class Content(Protocol):
-    """What becomes of the states of some rows. Equal ones do the same, so that layers share them."""
+    """What becomes of the states of some rows. Equal ones do the same, so that layers share them.
+
+    It writes to nothing that it is given.
+    """
 
     def __call__(self, own: States, batch: States, rows: Tensor) -> States:
         """The new states; what is left alone is the same object.
@@ -61,26 +67,40 @@ class Content(Protocol):
         """One line for reports."""
 
 
-RowContents = tuple[Tensor | None, tuple[Content, ...]]
-"""(rows int64 [n] or None for all, their contents in list order)."""
+RowContents = tuple[RowSet, tuple[Content, ...]]
+"""(rows, their contents in list order)."""
+
+
+def of_rows(batch: States, rows: RowSet) -> States:
+    """The states of some rows."""
+    return batch if rows is None else States(*(states[rows] for states in batch))
+
+
+def followed(edits: Sequence[Content], own: States, batch: States, rows: RowSet) -> States:
+    """The states `own` of some rows after these contents in list order."""
+    if edits:
+        numbers = row_numbers(rows, batch.query)
+        for edit in edits:
+            own = edit(own, batch, numbers)
+    return own
 
 
 def changed(contents: Sequence[RowContents], batch: States) -> States:
-    """The states after the contents of their rows; rows without one keep theirs to the bit."""
+    """The states after the contents of their rows; rows without one keep theirs to the bit.
+
+    What nobody edits is the same object; of each of the others one copy is made, however many the sets of rows are.
+    """
     found = batch
     for rows, edits in contents:
-        if not edits:
-            continue
-        which = torch.arange(len(batch.query), device=batch.query.device) if rows is None else rows
-        own = before = States(*(states[which] for states in batch))
-        for edit in edits:
-            own = edit(own, batch, which)
-        found = States(
-            *(
-                whole if new is old else whole.index_copy(0, which, new)
-                for whole, new, old in zip(found, own, before, strict=True)
+        if edits:
+            before = of_rows(batch, rows)
+            after = followed(edits, before, batch, rows)
+            found = States(
+                *(
+                    whole if new is old else put_rows(whole, given, rows, new)
+                    for whole, given, new, old in zip(found, batch, after, before, strict=True)
+                )
             )
-        )
     return found
 
 
@@ -179,5 +199,6 @@ def adain(states: Tensor, model: Tensor, strength: float = 1.0) -> Tensor:
 def matched(states: Tensor, model: Moments, strength: float = 1.0) -> Tensor:
     """`states` [..., T, D] with these moments, which broadcast; as `adain`."""
     (mean, std), (aim, spread) = moments(states), model
-    exact = states.to(mean.dtype)
-    return torch.lerp(exact, (exact - mean) / std * spread + aim, strength).to(states.dtype)
+    # written to in place: of the tokens of a large picture one copy in float32 and not four
+    made = (states - mean).div_(std).mul_(spread).add_(aim)
+    return (made if strength == 1 else torch.lerp(states.to(made.dtype), made, strength)).to(states.dtype)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .accounts import Due
+from .ahead import Ahead
 from .bank.identity import identity_of
 from .call import Row
 from .entry import Entry
@@ -22,13 +24,14 @@ from .guidance import Guidance, Step
 from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .norms import Norms
-from .place import Branches, Place, rows_of, skipped_blocks
+from .place import Branches, Place, guidance_of, rows_of, skipped_blocks
 from .prefix import prefixes_of
 from .region import Region
 from .report import arrived, left
 from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Stack, placed
+from .tables import Tables
 from .tap import Tap, check_model, execution_device, is_compiled
 from .texts import Texts
 from .watch import watched
@@ -60,12 +63,14 @@ class Engine:
         self._guidance = Guidance(self.family, self.model)
         self._wraps = Wraps(self.family, model, self.layers, self.tap.shares_caches)
         self._norms = Norms(model)
+        self._tables = Tables(model, self.family.table)
         self._measured: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Frames, ...]] | None = None
         self._pending: Due | None = None
         self._warned: set[str] = set()
         self._acted: dict[Branches, Any] = {}
         self._last: Any = None
         self._texts = Texts()
+        self._ahead = Ahead()
 
     def add(self, entry: Entry) -> None:
         """Let an entry act from the next forward on.
@@ -136,33 +141,50 @@ class Engine:
         present = self._present_layers()
         if not self.entries or not self.stack.seats:
             return None
-        # a perturbed forward stands where the one stands that it belongs to
-        step = self._guidance.further or self._step(arguments)
-        self._wraps.kept.age(self._place.run, step.moment.step)
-        watching = {name: self.stack.active(step.moment, name, observing=True) for name in step.active}
-        self._note(step.branches, (present, *step.active.values()))
+        # a perturbed forward, or a plain one ahead, stands where the one stands that it belongs to
+        step, plain = self._ahead.step or self._guidance.further or self._step(arguments), self._ahead.step is not None
+        watching = self._ahead.watching
+        if not plain:
+            self._wraps.kept.age(self._place.run, step.moment.step)
+            watching = {name: self.stack.active(step.moment, name, observing=True) for name in step.active}
+            self._note(step.branches, (present, *step.active.values()))
         if not any(step.active.values()) and not any(watching.values()):
             return None
         acting = [(row, step.active[row.branch]) for row in step.rows]
         return self._control(arguments, acting, [watching[row.branch] for row in step.rows], step.moment, present)
 
     def _step(self, arguments: dict[str, Any]) -> Step:
-        """Where a forward of the pipeline stands, and what acts there."""
+        """Where a forward of the pipeline that begins stands, and what acts there."""
+        step = self._where(arguments)
+        leads = not (skipped_blocks(arguments) or (self.tap.branch or "").endswith("_skip"))
+        guides = self.stack.guides(step.moment)
+        self._guidance.begin(step, guides, leads, functools.partial(prefixes_of, self, step, guides))
+        return step
+
+    def _where(self, arguments: dict[str, Any]) -> Step:
         scheduler = next((s for entry in self.entries if (s := entry.scheduler) is not None), None)
         moment = self._place.moment(arguments, scheduler, self.stack.needs_position())
         branches = self._branches(arguments, scheduler)
         rows = rows_of(len(arguments[self.family.hidden]), branches, self.stack.scenes)
         active = {name: self.stack.active(moment, name) for name in dict.fromkeys(branches)}
-        step = Step(moment, branches, rows, active)
-        leads = not (skipped_blocks(arguments) or (self.tap.branch or "").endswith("_skip"))
-        guides = self.stack.guides(moment)
-        self._guidance.begin(step, guides, leads, functools.partial(prefixes_of, self, step, guides))
-        return step
+        scale = guidance_of(self.family, [entry.pipe for entry in self.entries], branches)
+        return Step(moment, branches, rows, active, scale)
+
+    @contextmanager
+    def led(self, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
+        """Around a forward of the pipeline with these arguments, behind the plain one that controls ask for."""
+        if not any(seat.control.looks_ahead for seat in self.stack.seats):
+            yield
+            return
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            step = self._where(arguments)
+        with self._ahead.of(self.stack, step, self._caches_blocks(), forward, arguments):
+            yield
 
     @property
     def guides(self) -> bool:
-        """Some control may want a forward of the pipeline to be followed by perturbed ones."""
-        return any(seat.control.guide is not None for seat in self.stack.seats)
+        """Some control may want a plain forward ahead of one of the pipeline, or perturbed ones behind it."""
+        return any(one.control.guide is not None or one.control.looks_ahead for one in self.stack.seats)
 
     def guided(self, output: Any, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:
         """The output of a forward of the pipeline that has ended, with what perturbed ones add."""
@@ -177,6 +199,7 @@ class Engine:
         pending, self._pending = self._pending, None
         self._wraps.take(finished)
         self._norms.take()
+        self._tables.take()
         self._guidance.ended(finished)
         if not finished:
             return
@@ -242,6 +265,7 @@ class Engine:
             acts = watched(acts, self.stack, own, variants, watching, made, moment, device, lambda: self._identity)
         self._warn_of_masks(acts)
         self._norms.put(self.stack.pooled(acting), len(acting))
+        self._tables.put(self.stack, variants, present)
         # where a guider lets every token read itself alone, or leaves the layer out, there is nothing to control
         perturbed, skipped = self.tap.perturbed(), skipped_blocks(arguments)
         self.tap.assign({name: act for name, (act, _) in acts.items() if name not in perturbed})

@@ -6,6 +6,7 @@ c is the prediction for the prompt, u that without it, p_k that for the prompt t
 computes u + s (c - u) itself from what the model returns. The coefficients of each combination add up to 1, so
 g = sum_k w_k (c - p_k) on every row of a step that the pipeline gets adds exactly g to the result, whatever s is, and
 whatever further branches of its own it combines. Rescaling in the pipeline (`guidance_rescale`) sees c + g.
+`attnctrl.increments` has the arithmetic, and forms in which g is rescaled.
 """
 
 from __future__ import annotations
@@ -22,43 +23,34 @@ from torch import Tensor
 from .call import Row
 from .errors import ControlError
 from .families import Arguments, Family
+from .increments import Guide, increments
+from .nested import mapped
 from .perturb import exact
 from .place import Branches
-from .replay import Prefix, Records, Stretch, mapped, recording, replaying
-from .schedule import Moment, Window
+from .replay import Prefix, Records, Stretch, recording, replaying
+from .schedule import Moment
 
-__all__ = ["Guidance", "Guide", "Step", "added", "copied", "increment", "rows_of_arguments"]
+__all__ = ["Guidance", "Step", "added", "copied", "rows_of_arguments"]
 
 PERTURBED = "perturbed"
 _SHARED = frozenset({"image_rotary_emb"})
 """Names of arguments that are the same for all rows."""
 
 
-@dataclass(frozen=True)
-class Guide:
-    """A perturbed branch: controls that ask for equal ones act in it together.
-
-    Attributes:
-        scale: w, how far to go away from it; 0 is "not there".
-        rescale: in [0, 1], how far the increment g shrinks (or grows) by std(c) / std(c + g), taken over all of a row.
-        window: when it runs.
-        replay: what comes before its first perturbed layer is taken from the prompt's forward where it can be.
-    """
-
-    scale: float
-    rescale: float = 0.0
-    window: Window = (0.0, 1.0)
-    replay: bool = True
-
-
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Where a forward stands, what its rows are, and the numbers of the seats that act in each branch."""
+    """Where a forward stands, what its rows are, and the numbers of the seats that act in each branch.
+
+    Attributes:
+        scale: s of the guidance that the pipeline makes of its rows, 1 where it uses none; None where that is not told,
+            or branches have forwards of their own.
+    """
 
     moment: Moment
     branches: Branches
     rows: Sequence[Row]
     active: Mapping[str | None, tuple[int, ...]]
+    scale: float | None = None
 
 
 class Guidance:
@@ -94,11 +86,22 @@ class Guidance:
             leads: when it holds the prompt's rows, they are the plain ones and not those of a branch that the pipeline
                 perturbs by itself.
             prefixes: what the perturbed forwards can take from it.
+
+        Raises:
+            ControlError: when a branch is rescaled by the pipeline's guidance, and that cannot be known in time.
         """
         self._due = (step, guides, leads and "cond" in step.branches) if guides else None
         if not guides:
             self._kept = None
         if self._due is not None and self._due[2]:
+            reading = next((guide for guide in guides if guide.reads_guidance), None)
+            if reading is not None and step.scale is None:
+                raise ControlError(
+                    f"rescale_mode='{reading.rescale_mode}' takes in what the pipeline's guidance gives: the rows of "
+                    "both branches in one forward of a pipeline that tells its guidance_scale. Found branches "
+                    f"{', '.join(map(str, dict.fromkeys(step.branches)))}, and the rest is not known here. Attach to "
+                    "the pipeline, or take rescale_mode='partial'."
+                )
             self._prefixes = prefixes()
             self._records = self._recording.enter_context(
                 recording(self.model, self._prefixes.values(), _prompts(step), len(step.rows))
@@ -126,17 +129,20 @@ class Guidance:
         step, guides, leads = due
         sample = _sample(output)
         latents = arguments[self.family.hidden]
+
+        def cut(rows: Any) -> list[Tensor]:
+            return [_guided(row, latents[0]) for row in rows]
+
         mine = _prompts(step)
         if leads:
             inputs = rows_of_arguments(arguments, mine, len(step.rows), (self.family.hidden, self.family.prompt))
             steps = {guide: _perturbed(step, mine, seats) for guide, seats in guides.items()}
-            own = [sample[number] for number in mine]
             records, self._records = self._records, None
-            increments = []
-            for guide, step in steps.items():
-                perturbed = self._predicted(guide, step, records, lambda: forward(copied(inputs)))
-                increments.append(self._increment(own, perturbed, latents[0], guide))
-            found = [torch.stack(parts).sum(0) for parts in zip(*increments, strict=True)]
+            perturbed = {
+                guide: cut(self._predicted(guide, one, records, lambda: forward(copied(inputs))))
+                for guide, one in steps.items()
+            }
+            found = self._increments(step, mine, cut(sample), perturbed)
             self._kept = (self.family.timestep(inputs).reshape(-1)[0], inputs[self.family.hidden], found)
         else:
             found = self._found(arguments, latents)
@@ -163,18 +169,25 @@ class Guidance:
         prefix.tell(f"in full: {reason}" if reason else prefix.say(left_out))
         return _sample(output)
 
-    def _increment(self, own: list[Tensor], perturbed: Any, latents: Tensor, guide: Guide) -> list[Tensor]:
-        """g of each of the prompt's rows; `latents` are those of one row."""
-        pairs = zip(own, perturbed, strict=True)
-        found = [increment(_guided(c, latents), _guided(p, latents), guide) for c, p in pairs]
-        if guide not in self._told:
-            self._told.add(guide)
-            if not any(bool(part.any()) for part in found):
+    def _increments(
+        self, step: Step, mine: Sequence[int], own: Sequence[Tensor], perturbed: Mapping[Guide, Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """What all branches add, to each of the prompt's rows; `own` is what the pipeline's forward predicts."""
+        for guide, rows in perturbed.items():
+            told, self._told = guide in self._told, self._told | {guide}
+            if not told and all(torch.equal(own[number], row) for number, row in zip(mine, rows, strict=True)):
                 warnings.warn(
                     f"A perturbed branch (scale {guide.scale:g}) gives what the prompt's gives, to the bit: it adds "
                     "nothing. Its layers have no influence, or one key only.",
                     stacklevel=2,
                 )
+        free = {row.image: own[number] for number, row in enumerate(step.rows) if row.branch == "uncond"}
+        scale = 1.0 if step.scale is None else step.scale
+        found = []
+        for place, number in enumerate(mine):
+            others = {guide: rows[place] for guide, rows in perturbed.items()}
+            parts = increments(own[number], others, free.get(step.rows[number].image), scale)
+            found.append(torch.stack(parts).sum(0))
         return found
 
     def _found(self, arguments: Arguments, latents: Any) -> list[Tensor]:
@@ -187,16 +200,6 @@ class Guidance:
                 "branches of a batch with attach(..., branches=('uncond', 'cond'))."
             )
         return self._kept[2]
-
-
-def increment(c: Tensor, p: Tensor, guide: Guide) -> Tensor:
-    """g = w (c - p) of one row, in float32 at least; times phi std(c) / std(c + g) + 1 - phi where it is rescaled."""
-    found = guide.scale * (exact(c) - exact(p))
-    if not guide.rescale:
-        return found
-    before, after = exact(c).std(), (exact(c) + found).std()
-    ratio = torch.where(after > 0, before / after, torch.ones_like(after))
-    return found * (guide.rescale * ratio + 1 - guide.rescale)
 
 
 def added(row: Tensor, found: Tensor, latents: Tensor) -> Tensor:
@@ -236,14 +239,14 @@ def rows_of_arguments(arguments: Arguments, rows: Sequence[int], batch: int, lis
             return value
         if name in lists and isinstance(value, list):
             return [value[number] for number in rows]
-        return mapped(value, lambda x: x[list(rows)] if x.ndim and len(x) == batch else x)
+        return mapped(lambda x: x[list(rows)] if x.ndim and len(x) == batch else x, value)
 
     return {name: cut(name, value) for name, value in arguments.items()}
 
 
 def copied(arguments: Arguments) -> Arguments:
     """The same tensors in other lists and dictionaries: some models take things out of those that they are given."""
-    return {name: mapped(value, lambda x: x) for name, value in arguments.items()}
+    return {name: mapped(lambda x: x, value) for name, value in arguments.items()}
 
 
 def _prompts(step: Step) -> list[int]:

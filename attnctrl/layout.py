@@ -126,6 +126,16 @@ class Layout:
         raise LayoutError(f"There are no tokens named '{name}'; this forward has {', '.join(self.names)}.")
 
     @property
+    def own_texts(self) -> tuple[Span, ...]:
+        """Tokens of the model's own texts, and registers: neither pictures nor what controls append."""
+        others = ("reference", "text.region", "text.pad", "padding")
+        return tuple(
+            (one.start, one.stop)
+            for one in self.ranges
+            if len(one) and one.name != "image" and not one.name.startswith(others)
+        )
+
+    @property
     def grid(self) -> Grid:
         """Grid of the image tokens."""
         grid = self["image"].grid

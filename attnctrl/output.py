@@ -15,8 +15,9 @@ from torch import Tensor
 from .content import States
 from .execute import ExecutionPlan
 from .sources import Sources
+from .variants import RowSet, put_rows, row_numbers
 
-__all__ = ["Batch", "Contrasting", "Executed", "Output", "RowOutputs", "Run", "edited", "of_rows"]
+__all__ = ["Batch", "Contrasting", "Executed", "Output", "RowOutputs", "Run", "edited", "mask_of"]
 
 Run = Callable[..., Tensor]
 """(plan or None, query, key, value, mask, scale) -> the attention of some rows."""
@@ -50,7 +51,7 @@ class Executed:
         planned: controls of visibility act on this call as well.
         attend: (query [B, H, Tq, D], scale, plan) -> the attention of another query over the same keys, under the same
             mask and visibility, or under another plan. Where `alike`, a query [B, H, 1, D] will do.
-        rows: int64 [B], which rows of the batch these are; None for all of them.
+        rows: int64 [B], which rows of the batch these are.
         batch: all rows, for outputs that compare pictures.
     """
 
@@ -62,7 +63,7 @@ class Executed:
     scale: float | None
     planned: bool
     attend: Attend
-    rows: Tensor | None
+    rows: Tensor
     batch: Batch
 
     @property
@@ -89,8 +90,8 @@ class Contrasting(Output, Protocol):
         """The same with that plan."""
 
 
-RowOutputs = tuple[Tensor | None, ExecutionPlan | None, Sources | None, tuple[Output, ...]]
-"""(rows int64 [n] or None for all, the plan and the sources they were executed by, their outputs in list order)."""
+RowOutputs = tuple[RowSet, ExecutionPlan | None, Sources | None, tuple[Output, ...]]
+"""(rows, the plan and the sources they were executed by, their outputs in list order)."""
 
 
 def edited(
@@ -115,24 +116,24 @@ def edited(
         if not edits:
             continue
         query, key, value = (_taken(states, rows) for states in own)
-        own_mask = of_rows(mask, rows)
+        own_mask = mask_of(mask, rows)
         read = (key, value, own_mask) if sources is None else sources.join((key, value, own_mask), *others)
 
         def attend(query: Tensor, scale: float | None, plan: Any = plan, read: Any = read) -> Tensor:
             return run(plan, query, *read, scale)
 
-        mine = query, key, value, _taken(out, rows)
-        call = Executed(*mine, own_mask, scale, plan is not None, attend, rows, batch)
+        mine = query, key, value, _taken(batch.out, rows)
+        call = Executed(*mine, own_mask, scale, plan is not None, attend, row_numbers(rows, out), batch)
         for edit in edits:
             call = replace(call, out=edit(call))
-        out = call.out if rows is None else out.index_copy(0, rows, call.out)
+        out = put_rows(out, batch.out, rows, call.out)
     return out
 
 
-def _taken(x: Tensor, rows: Tensor | None) -> Tensor:
+def _taken(x: Tensor, rows: RowSet) -> Tensor:
     return x if rows is None else x[rows]
 
 
-def of_rows(mask: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
+def mask_of(mask: Tensor | None, rows: RowSet) -> Tensor | None:
     """The part of a 4D mask that belongs to some rows; all of it where it is the same for all rows."""
     return mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]

@@ -28,6 +28,7 @@ __all__ = [
     "Picture",
     "blend",
     "blur_query",
+    "blurred",
     "exact",
     "geodesic_strength",
     "mean_query",
@@ -73,22 +74,26 @@ def blur_query(query: Tensor, pictures: Sequence[Picture], sigma: float) -> Tens
     parts, end = [], 0
     for start, grid in pictures:
         stop = start + prod(grid)
-        parts += [query[:, :, end:start], _blurred(query[:, :, start:stop], grid, sigma)]
+        parts += [query[:, :, end:start], _over_grid(query[:, :, start:stop], grid, sigma)]
         end = stop
     return torch.cat([*parts, query[:, :, end:]], 2)
 
 
-def _blurred(x: Tensor, grid: tuple[int, ...], sigma: float) -> Tensor:
+def _over_grid(x: Tensor, grid: tuple[int, ...], sigma: float) -> Tensor:
     rows, columns = grid[-2:]
     lines = exact(x).unflatten(2, (-1, rows, columns)).movedim(-1, 2)
-    lines = _smooth(_smooth(lines, sigma).mT, sigma).mT
-    return lines.movedim(2, -1).reshape(x.shape).to(x.dtype)
+    return blurred(lines, sigma, ceil(6 * sigma) // 2).movedim(2, -1).reshape(x.shape).to(x.dtype)
 
 
-def _smooth(x: Tensor, sigma: float) -> Tensor:
-    """Along the last axis, with a window of 6 sigma that is not longer than the axis, but for its parity."""
+def blurred(x: Tensor, sigma: float, reach: int) -> Tensor:
+    """Grids [..., rows, columns] smoothed by a Gaussian of `sigma` elements that reaches so far, edges reflected."""
+    return _smooth(_smooth(x, sigma, reach).mT, sigma, reach).mT
+
+
+def _smooth(x: Tensor, sigma: float, reach: int) -> Tensor:
+    """Along the last axis, with a window that is not longer than the axis, but for its parity."""
     size = x.shape[-1]
-    reach = min(ceil(6 * sigma) // 2, size // 2, size - 1)
+    reach = min(reach, size // 2, size - 1)
     place = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     window = torch.softmax(-((place / sigma) ** 2) / 2, 0)
     lines = pad(x.reshape(-1, 1, size), (reach, reach), mode="reflect") if reach else x.reshape(-1, 1, size)

@@ -15,7 +15,7 @@ from .errors import LayoutError
 from .families import Arguments, Family, Text, sizes_of
 from .schedule import Moment, locate, run_levels
 
-__all__ = ["Branches", "Place", "rows_of", "skipped_blocks"]
+__all__ = ["Branches", "Place", "guidance_of", "rows_of", "skipped_blocks"]
 
 Branches = tuple[str | None, ...]
 """Guidance branches of one batch in the order of its rows; None where unknown."""
@@ -133,6 +133,16 @@ def rows_of(batch: int, branches: Branches, scenes: int) -> list[Row]:
 def skipped_blocks(arguments: Arguments) -> Sequence[int]:
     """Blocks that skip layer guidance leaves out of a forward of its own, which holds the prompt's rows alone."""
     return arguments.get("skip_layers") or ()
+
+
+def guidance_of(family: Family, pipes: Sequence[Any], branches: Branches) -> float | None:
+    """s of the guidance u + s (c - u) that a pipeline makes of a forward with these branches, 1 where it uses none;
+    None where none of the pipelines tells it, or where the other branch has a forward of its own."""
+    if "uncond" in branches and "cond" in branches:
+        told = (getattr(pipe, "guidance_scale", None) for pipe in pipes)
+        scale = next((float(one) for one in told if one is not None), None)
+        return None if scale is None else scale + family.beyond
+    return 1.0 if any(_guided(pipe) is False for pipe in pipes) else None
 
 
 def step_index(scheduler: Any) -> int:

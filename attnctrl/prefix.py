@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .families import Family
-from .guidance import PERTURBED, Guide, Step
+from .guidance import PERTURBED, Step
+from .increments import Guide
 from .kernels import close_scope, open_scope
 from .replay import Prefix, Stretch, within
 from .select import Layer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .attach import parts_of
-from .controls import Control, Harmonize, Isolate, Regions, Reposition, Share
+from .controls import Control, Harmonize, Isolate, PlainQueries, Regions, Reposition, Share
 from .controls.base import scenes_of
 from .controls.reposition import Mode
 from .families import family_of
@@ -86,13 +86,20 @@ def consistory(
     anchors: int = 2,
     group: int | None = None,
     ratio: float = 0.5,
+    plain: tuple[float, float] = (0.9, 0.818),
     seed: int = 0,
 ) -> list[Control]:
     """ConsiStory (arXiv 2402.03286): all tokens read half of the anchors' subjects, and subjects take in the outputs of
-    the tokens that they match there."""
+    the tokens that they match there; in the first tenth of the run most of the queries are those of plain pictures.
+
+    Args:
+        plain: shares of plain queries at the first and the last of these steps, see `PlainQueries`; each step at which
+            something is shared costs one more forward (5 of 50 more). (0, 0) leaves them out.
+    """
     told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
     return [
         Share(regions, tokens="subject", ratio=ratio, seed=seed, window=_AFTER_THE_FIRST, **told),
+        *([PlainQueries(*plain, layers="shared")] if any(plain) else []),
         Harmonize(regions, temperature=0.0, **told),
     ]
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .nested import mapped, tensors_in
 from .standin import standing_in
 
-__all__ = ["Prefix", "Records", "Stretch", "mapped", "recording", "replaying", "within"]
+__all__ = ["Prefix", "Records", "Stretch", "recording", "replaying", "within"]
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
 
@@ -144,17 +145,6 @@ def within(module: nn.Module) -> Iterator[nn.Module]:
             rest += found._modules.values()
 
 
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same lists and dictionaries with other tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: mapped(one, change) for name, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(mapped(one, change) for one in value)
-    return value
-
-
 def _own(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
     """Copies of all tensors; one that is there twice stays one, as what writes into it means both."""
     made: dict[int, Tensor] = {}
@@ -164,7 +154,7 @@ def _own(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
             made[id(x)] = copy(x)
         return made[id(x)]
 
-    return mapped(value, once)
+    return mapped(once, value)
 
 
 def _known(value: Any) -> bool:
@@ -174,11 +164,4 @@ def _known(value: Any) -> bool:
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
     """Shapes of the rows of all tensors."""
-    found: list[tuple[int, ...]] = []
-
-    def note(x: Tensor) -> Tensor:
-        found.append(tuple(x.shape[1:]))
-        return x
-
-    mapped(value, note)
-    return found
+    return [tuple(one.shape[1:]) for one in tensors_in(value)]

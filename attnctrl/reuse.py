@@ -6,7 +6,7 @@ rows whose sequence and acting controls are those it was made under.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError, UnsupportedModelError
+from .nested import mapped, tensors_in
 from .perturb import exact
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Kept:
     @property
     def nbytes(self) -> int:
         """Of all that is kept; a tensor that several branches share counts once."""
-        tensors = {id(one): one for entry in self.entries.values() for one in _tensors(entry.output)}
+        tensors = {id(one): one for entry in self.entries.values() for one in tensors_in(entry.output)}
         return sum(one.nbytes for one in tensors.values())
 
     def age(self, run: Any, step: int | None) -> None:
@@ -130,11 +131,11 @@ class Kept:
 
     def store(self, key: Key, part: Part, output: Output, run: Any, step: int, mean: bool) -> None:
         """Keep an output; with `mean`, what "cond" and "uncond" keep of one step becomes the mean of both."""
-        self.entries[key] = _Entry(_mapped(torch.Tensor.detach, output), part.epoch, run, step, mean)
+        self.entries[key] = _Entry(mapped(torch.Tensor.detach, output), part.epoch, run, step, mean)
         pair = [self.entries.get(key._replace(branch=branch)) for branch in ("cond", "uncond")]
         both = [one for one in pair if one is not None and one.mean and one.step == step]
         if mean and len(both) == 2:
-            middle = _mapped(_middle, both[0].output, both[1].output)
+            middle = mapped(_middle, both[0].output, both[1].output)
             for branch, one in zip(("cond", "uncond"), both, strict=True):
                 self.entries[key._replace(branch=branch)] = replace(one, output=middle, mean=False)
 
@@ -148,33 +149,21 @@ def parted(output: Output, parts: Sequence[Part], layer: str) -> list[Output]:
     if len(parts) == 1:
         return [output]
     rows = parts[-1].rows.stop
-    if any(len(one) != rows for one in _tensors(output)):
+    if any(len(one) != rows for one in tensors_in(output)):
         raise PlanError(
-            f"Layer {layer} returns {[len(one) for one in _tensors(output)]} rows for a batch of {rows}, so what "
+            f"Layer {layer} returns {[len(one) for one in tensors_in(output)]} rows for a batch of {rows}, so what "
             "belongs to which guidance branch cannot be told. Leave it out of the control's `layers`."
         )
-    return [_mapped(lambda one, rows=part.rows: one[rows], output) for part in parts]
+    return [mapped(lambda one, rows=part.rows: one[rows], output) for part in parts]
 
 
 def joined(outputs: Sequence[Output]) -> Output:
     """Outputs of parts as that of the batch."""
-    return outputs[0] if len(outputs) == 1 else _mapped(lambda *ones: torch.cat(ones), *outputs)
+    return outputs[0] if len(outputs) == 1 else mapped(lambda *ones: torch.cat(ones), *outputs)
 
 
 def _middle(first: Tensor, second: Tensor) -> Tensor:
     return ((exact(first) + exact(second)) / 2).to(first.dtype)
-
-
-def _tensors(output: Output) -> list[Tensor]:
-    return [one for one in (output if isinstance(output, tuple) else (output,)) if one is not None]
-
-
-def _mapped(change: Callable[..., Tensor], *outputs: Output) -> Output:
-    """`change` of the tensors that stand at one place of all outputs."""
-    if isinstance(outputs[0], Tensor):
-        return change(*outputs)
-    columns = zip(*outputs, strict=True)
-    return tuple(None if ones[0] is None else change(*ones) for ones in columns)
 
 
 def kept_bytes(

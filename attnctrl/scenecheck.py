@@ -188,8 +188,10 @@ def _type_problems(expected: Any, value: Any, place: str) -> list[Problem]:
 
 
 def _schema_of(name: str, cls: type[Control]) -> dict[str, Any]:
+    from attnctrl.controls.base import default_of
+
     properties: dict[str, Any] = {"name": {"const": name}}
-    defaults = {item.name: item.default for item in dataclasses.fields(cls)}
+    defaults = {item.name: default_of(item) for item in dataclasses.fields(cls)}
     for key, kind in _parameters(cls).items():
         properties[key] = {**TypeAdapter(kind).json_schema(), "default": defaults[key]}
     summary = (cls.__doc__ or name).strip().splitlines()[0]

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .bank import checked_branch
 from .call import Act, Blend, Row, Situation, build_plan
@@ -16,7 +17,7 @@ from .controls.base import Control
 from .errors import ControlError
 from .execute import ExecutionPlan, Host
 from .execute.tokens import TokenSet
-from .guidance import Guide
+from .increments import Guide
 from .norms import Pooled
 from .output import Contrasting, Output, RowOutputs
 from .region import by
@@ -24,7 +25,7 @@ from .schedule import Moment, is_active, is_full
 from .select import Layer, Presets
 from .situations import Seat, Situations, make_room
 from .sources import Move, Rows, Sources, Stored
-from .variants import Line, Variant
+from .variants import Line, Variant, row_set
 from .visibility import Visibility
 
 __all__ = ["Acts", "Presence", "Seat", "Stack", "placed"]
@@ -73,7 +74,9 @@ class Stack(Situations):
                     continue
             if is_active(control.window, moment, control.name):
                 chosen.append(number)
-        return tuple(chosen)
+        controls = [self.seats[number].control for number in chosen]
+        sharing = any(one.shares for one in controls)
+        return tuple(n for n, one in zip(chosen, controls, strict=True) if sharing or not one.looks_ahead)
 
     def guides(self, moment: Moment) -> dict[Guide, tuple[int, ...]]:
         """The perturbed branches that run now, with the numbers of the seats that act in each beside those of "cond".
@@ -91,7 +94,8 @@ class Stack(Situations):
     def needs_position(self) -> bool:
         """Some window depends on where in the run a forward stands, or somebody counts steps."""
         controls = [seat.control for seat in self.seats]
-        return any(one.observes or one.draws or one.names_branches or not is_full(one.window) for one in controls)
+        counting = (one.observes or one.draws or one.names_branches or one.looks_ahead for one in controls)
+        return any(counting) or not all(is_full(one.window) for one in controls)
 
     def needs_branches(self) -> bool:
         """Somebody must know of each row which guidance branch it is."""
@@ -246,6 +250,17 @@ class Stack(Situations):
         scale = prod(move.scale for _, move in made)
         return Move(turned[0][1] if turned else None, scale) if made else None
 
+    def exchanged(self, variant: Variant, frame: str, acting: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
+        """(seat, other picture, shift) of what becomes of other pictures of the batch before their first layer, for a
+        variant's layers of a frame, see `Control.exchange`."""
+        asked, sharing = [n for n in acting if self.seats[n].control.exchanges], self.sharing(acting)
+        if not asked or sharing is None or sharing.recalls is not None:
+            return []
+        reads = self.reads(variant, frame, acting)
+        situation = self.situation(variant, frame, reads)
+        made = [(n, other, self.seats[n].control.exchange(situation, other)) for n in asked for other in reads]
+        return [(n, other, shift) for n, other, shift in made if shift is not None]
+
     def outputs(
         self,
         variant: Variant,
@@ -324,7 +339,7 @@ class Stack(Situations):
         unplanned, unedited, unchanged = all(plan is None for plan in plans), not any(outputs), not any(contents)
         if unplanned and unedited and unchanged:
             return None
-        mine = [None if len(rows) == 1 else torch.tensor(one, device=device) for one in rows.values()]
+        mine = [None if len(rows) == 1 else row_set(one, device) for one in rows.values()]
         # without a plan all rows are one call
         parts = [(None, None)] if unplanned else list(zip(mine, plans, strict=True))
         sources = [

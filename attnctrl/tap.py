@@ -1,9 +1,8 @@
 """What sits on a tapped model: a scope around each attention module, and the calls that begin and end a forward.
 
 Two hooks, the same pair of functions for all layers, push and pop the layer's `Act` on a stack of this thread;
-`attnctrl.kernels` meets the kernel that is called meanwhile. So the model's own processors run, with whichever backend
-the user selects. The act hangs on the module and nothing in the hooks knows the layer's name, so layers of one kind
-share one compiled graph.
+`attnctrl.kernels` meets the kernel that is called meanwhile. So the model's own processors run, with the user's
+backend. The act hangs on the module and no hook knows the layer's name, so layers of one kind share a compiled graph.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from itertools import chain
 from typing import Any, Protocol
@@ -106,7 +105,10 @@ class Listener(Protocol):
 
     @property
     def guides(self) -> bool:
-        """Whether `guided` may have something to add to outputs."""
+        """Whether `led` or `guided` may have something to run."""
+
+    def led(self, arguments: dict[str, Any], forward: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Around a forward with these arguments; `forward` runs the model before it."""
 
     def guided(self, output: Any, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:
         """The output that a forward with these arguments returns; `forward` runs the model once more."""
@@ -381,8 +383,8 @@ class _RootCall:
         if not listener.guides:
             return self._forward(*args, **kwargs)
         held = copied(self.tap.bound(args, kwargs))
-        output = self._forward(*args, **kwargs)
-        return listener.guided(output, held, lambda again: self._forward(**again))
+        with listener.led(copied(held), lambda again: self._forward(**again)):
+            return listener.guided(self._forward(*args, **kwargs), held, lambda again: self._forward(**again))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         finished = False

@@ -6,9 +6,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+import torch
+from torch import Tensor
+
 from .layout import Frames, Slots
 
-__all__ = ["Line", "Variant", "make_variants"]
+__all__ = ["Line", "RowSet", "Variant", "make_variants", "put_rows", "row_numbers", "row_set"]
+
+RowSet = Tensor | slice | None
+"""Rows of a batch: int64 [n], a slice, of which tensors are views, or None for all of them."""
+
+
+def row_set(rows: Sequence[int], device: torch.device) -> Tensor | slice:
+    """Rows in rising order; a slice where they follow each other."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
+
+
+def row_numbers(rows: RowSet, like: Tensor) -> Tensor:
+    """int64 [n]: which rows of `like` [B, ...] these are, where it is."""
+    if isinstance(rows, Tensor):
+        return rows
+    start, stop, _ = (rows or slice(None)).indices(len(like))
+    return torch.arange(start, stop, device=like.device)
+
+
+def put_rows(found: Tensor, given: Tensor, rows: RowSet, new: Tensor) -> Tensor:
+    """`found` with these rows `new`; written to, unless it is still what was `given`."""
+    if rows is None:
+        return new
+    made = found.clone() if found is given else found
+    made[rows] = new
+    return made
 
 
 @dataclass(frozen=True)

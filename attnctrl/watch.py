@@ -91,7 +91,8 @@ def watched(
             if any(made[name].stored for name in seat.layers & made.keys()):
                 raise ControlError(
                     "Attention cannot be read with when='post' where pictures read a bank, whose keys belong to no "
-                    "token of the batch. Read it with when='pre', or in other layers."
+                    "token of the batch, or ask with queries of another forward. Read it with when='pre', or in other "
+                    "layers."
                 )
             return made
 

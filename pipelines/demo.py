@@ -25,9 +25,10 @@ ROWS = ((False, "prompt alone"), (True, "with boxes"))
 
 @dataclass(frozen=True)
 class Sheet:
-    """A labelled grid, the records of the pictures in it (row by row), and how many there are."""
+    """A labelled grid; the pictures in it as they were drawn and their records, row by row; how many there are."""
 
     image: Image.Image
+    pictures: list[Image.Image]
     records: list[dict[str, Any]]
 
     @property
@@ -75,12 +76,13 @@ def draw_demo(
         if progress is not None:
             progress(done, total)
 
-    rows, records = [], []
+    rows, pictures, records = [], [], []
     for controlled, _ in ROWS:
         row = []
         for scene, seed in columns:
             picture = pipe(scene, [seed], controlled=controlled, progress=advance)[0]
             row.append(draw_regions(enlarge(picture.image, SIDE), scene.regions(), names=controlled))
+            pictures.append(picture.image)
             records.append(picture.record)
         rows.append(row)
     sheet = grid(
@@ -90,4 +92,4 @@ def draw_demo(
         groups=[(scene.prompt, seeds) for scene in scenes],
         side=SIDE,
     )
-    return Sheet(sheet, records)
+    return Sheet(sheet, pictures, records)

@@ -25,7 +25,7 @@ from attnctrl import files, provenance
 from attnctrl.attach import attach
 from attnctrl.bank import Bank
 from attnctrl.controls import Control, Inject, Keep
-from attnctrl.controls.inject import Kind
+from attnctrl.controls.inject import Kind, Whose
 from attnctrl.errors import ControlError
 from attnctrl.inversion import Trajectory
 
@@ -46,9 +46,9 @@ class EditSettings:
         method, steps: as of `InversionSettings`.
         guidance: classifier-free guidance of the drawing; the inversion has none.
         distilled_guidance: what guidance-distilled models are told while they draw; 1 in the inversion.
-        share: part of the steps, from the noisiest on, in which values are the picture's; 0 lets go of it.
+        share: part of the steps, from the noisiest on, in which `states` are the picture's; 0 lets go of it.
         strength: how far, see `Inject`.
-        states: "value", "key" or both.
+        states, tokens: what is the picture's, and of which tokens; see `Inject`.
         layers: in which; the preset "edit" names those of the model's family.
     """
 
@@ -62,6 +62,7 @@ class EditSettings:
     share: float = 0.3
     strength: float = 1.0
     states: Sequence[Kind] = ("value",)
+    tokens: Whose = "image"
     layers: str | Sequence[str] | None = "edit"
 
     def __post_init__(self) -> None:
@@ -77,7 +78,22 @@ class EditSettings:
     def inject(self, bank: Bank) -> Inject:
         """What acts while the picture is drawn."""
         return Inject(
-            bank=bank, states=self.states, layers=self.layers, window=(0.0, self.share), strength=self.strength
+            bank=bank,
+            states=self.states,
+            tokens=self.tokens,
+            layers=self.layers,
+            window=(0.0, self.share),
+            strength=self.strength,
+        )
+
+    def keep(self, bank: Bank) -> Keep:
+        """What captures while the picture is inverted."""
+        return Keep(
+            bank=bank,
+            layers=self.layers,
+            window=(0.0, self.share),
+            queries="query" in self.states,
+            texts=self.tokens == "all",
         )
 
     def inverting(self) -> InversionSettings:
@@ -135,7 +151,7 @@ class Editor(Inverter):
         Args:
             pictures: PIL pictures or paths, one or a list; of one size.
             settings: how.
-            bank: an empty one for their values, where it matters how and on which device they are kept.
+            bank: an empty one for their states, where it matters how and on which device they are kept.
             progress: called after every step of either way.
 
         Raises:
@@ -149,7 +165,7 @@ class Editor(Inverter):
         def told(before: int) -> Progress | None:
             return None if progress is None else lambda done, _: progress(before + done, 2 * steps)
 
-        held = () if inject.is_idle else (Keep(bank=kept, layers=inject.layers, window=inject.window),)
+        held = () if inject.is_idle else (settings.keep(kept),)
         with self._with(held):
             inverted = self.invert(read, inverting, progress=told(0), arrive=bool(held))
         with self._with(() if inject.is_idle else (inject,)) as handle:

@@ -233,7 +233,9 @@ class StylePipeline(Wrapper):
         scenes = [Scene.from_dict({**own, "prompt": text, "negative_prompt": negative}) for text, negative in pairs]
         acting = [Control.from_dict(entry) for entry in own.get("controls", ())]
         if "bank" in told:
-            return self._recalling(scenes, [told["seeds"]], acting, _same_bank(told["bank"], bank), None, progress)[0]
+            from attnctrl.pipelines.castbank import same_bank
+
+            return self._recalling(scenes, [told["seeds"]], acting, same_bank(told["bank"], bank), None, progress)[0]
         anchor = Anchor.recorded(told["picture"], files) if "picture" in told else None
         drawn = self._set(scenes, [[seed] for seed in rows["seeds"]], acting, None, progress, anchor)
         return drawn[rows["row"] - (anchor is not None)]
@@ -333,18 +335,6 @@ def _sharing(acting: Sequence[Control]) -> Share:
             f"({', '.join(one.name for one in acting) or 'no controls at all'}). Give controls with one."
         )
     return found[0]
-
-
-def _same_bank(digest: str, bank: Bank | None) -> Bank:
-    """The bank that a record names. Raises `ControlError` where it is missing or another one."""
-    from attnctrl.bank.identity import digest_of
-
-    if bank is None or digest_of(bank) != digest:
-        raise ControlError(
-            f"The style of this picture is in a bank (sha256 {digest[:16]}...), and "
-            f"{'none was given' if bank is None else 'the one that was given is another'}. Give bank=Bank.load(path)."
-        )
-    return bank
 
 
 def told_prompts(prompts: Sequence[str], style: str, alone: bool) -> list[str]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
 from attnctrl.pipelines.cast import Character, Shot, resolve, told_by
 from attnctrl.pipelines.settings import keys_of
+from attnctrl.pipelines.story import Rehearsal, Story
 
 from attnctrl.controls.reposition import UnmovedWarning
 from attnctrl.errors import ControlError
@@ -25,71 +26,23 @@ from attnctrl.schedule import Window, window_from_json, window_to_json
 if TYPE_CHECKING:
     from PIL import Image
 
+    from attnctrl.bank import Bank
     from attnctrl.controls import Control
     from attnctrl.region import Region
     from attnctrl.select import Selector
 
 __all__ = ["Character", "MultiSubjectPipeline", "Rehearsal", "Shot", "Story"]
-
 READING: Window = (0.3, 1.0)
 """When attention is read: the first steps know of no places yet."""
 Segment = Callable[["Image.Image", Character], Any]
 """(picture, character) -> its mask [H, W], or None where it is not seen."""
 
 
-@dataclass(frozen=True, eq=False)
-class Rehearsal:
-    """The plain pictures of shots, and where their characters are.
-
-    Attributes:
-        cast: all characters.
-        shots: with the characters' descriptions in their prompts, who is there and their seeds filled in.
-        scenes: the shots as documents.
-        pictures: drawn without control.
-        regions: of each shot, named by characters; those whose place is not known are not there.
-        reading: the layers and the window in which attention was read; None with a segmenter.
-    """
-
-    cast: tuple[Character, ...]
-    shots: tuple[Shot, ...]
-    scenes: tuple[Scene, ...] = field(repr=False)
-    pictures: tuple[ScenePicture, ...] = field(repr=False)
-    regions: tuple[tuple[Region, ...], ...]
-    reading: tuple[Selector, Window] | None = None
-
-    def sheet(self, side: int = 256) -> Image.Image:
-        """The pictures with the outlines of the regions."""
-        return _sheet(self, [("rehearsal", self.pictures)], side)
-
-
-@dataclass(frozen=True, eq=False)
-class Story:
-    """What was drawn.
-
-    Attributes:
-        rehearsal: of the same shots.
-        pictures: of each shot.
-        preset: name of the stack that acted, and its `options`.
-        anchors: how many of the first pictures others read; new shots read these.
-        first: the rehearsal of the shots that are read: this story's own, or those of the one that it goes on with.
-    """
-
-    rehearsal: Rehearsal
-    pictures: tuple[ScenePicture, ...] = field(repr=False)
-    preset: str
-    options: Mapping[str, Any]
-    anchors: int
-    first: Rehearsal = field(repr=False)
-
-    def sheet(self, side: int = 256) -> Image.Image:
-        """The rehearsal with the regions, and the pictures."""
-        return _sheet(self.rehearsal, [("rehearsal", self.rehearsal.pictures), ("story", self.pictures)], side)
-
-
 class MultiSubjectPipeline(Wrapper):
     """Draws a cast in several scenes on a pipeline, the user's own or one loaded by name, which stays what it is.
 
-    A run is `rehearse`, then `perform`; `more` goes on with new shots.
+    A run is `rehearse`, then `perform`; `more` goes on with new shots. `keep` puts into a bank what these read, for new
+    ones that cost their own rows alone, in this process or in another one.
     """
 
     runs_on = ("FluxPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
@@ -101,6 +54,7 @@ class MultiSubjectPipeline(Wrapper):
         *,
         preset: str = "subjects",
         options: Mapping[str, Any] | None = None,
+        bank: Bank | None = None,
         seed: int = 0,
         progress: Progress | None = None,
         **how: Any,
@@ -109,12 +63,12 @@ class MultiSubjectPipeline(Wrapper):
 
         Args:
             cast, shots, seed, how: see `rehearse`.
-            preset, options: see `perform`.
+            preset, options, bank: see `perform`.
             progress: called after every step of both runs with (steps done, steps in all).
         """
         halves = _halves(progress)
         rehearsal = self.rehearse(cast, shots, seed=seed, progress=halves[0], **how)
-        return self.perform(rehearsal, preset=preset, options=options, progress=halves[1])
+        return self.perform(rehearsal, preset=preset, options=options, bank=bank, progress=halves[1])
 
     def rehearse(
         self,
@@ -164,6 +118,7 @@ class MultiSubjectPipeline(Wrapper):
         *,
         preset: str = "subjects",
         options: Mapping[str, Any] | None = None,
+        bank: Bank | None = None,
         progress: Progress | None = None,
     ) -> Story:
         """The shots once more from the same noise, together, with controls on the regions of the rehearsal.
@@ -171,11 +126,14 @@ class MultiSubjectPipeline(Wrapper):
         Args:
             preset: one of `attnctrl.presets_sets.SETS`.
             options: of the preset; the others are those chosen for the model's family.
+            bank: an empty one, for what new shots will read, as of `keep`, which then need not draw it again.
             progress: called after every step.
 
         Raises:
-            ControlError: an unknown preset or option.
+            ControlError: an unknown preset or option; with a bank also as of `keep`.
         """
+        from attnctrl.pipelines.castbank import keeps
+
         from attnctrl.presets import preset as stack_of
         from attnctrl.presets_sets import chosen_options
 
@@ -183,55 +141,104 @@ class MultiSubjectPipeline(Wrapper):
         chosen = chosen_options(preset, self.pipe, leading=names[0] >= set().union(*names))
         options = {**chosen, **(options or {})}
         acting = stack_of(preset, [list(own) for own in rehearsal.regions], **options) if _known(rehearsal) else []
-        pictures = self._drawn(rehearsal, acting, preset, options, progress)
         anchors = _read_by_others(acting, len(rehearsal.shots))
+        watching = [] if bank is None else keeps(acting, rehearsal.regions, anchors, bank)
+        pictures = self._drawn(rehearsal, acting, _made(preset, options, anchors), progress, watching)
         return Story(rehearsal, pictures, preset, options, anchors, rehearsal)
 
-    def more(self, story: Story, shots: Sequence[Shot], *, seed: int = 0, progress: Progress | None = None) -> Story:
+    def keep(self, story: Story, bank: Bank, progress: Progress | None = None) -> tuple[ScenePicture, ...]:
+        """Draw the pictures of a story that new shots read once more, and keep in a bank what is read of them.
+
+        Kept are keys and values of the tokens that the story's controls share, in their layers, steps and branches,
+        with the names of the characters; `need` tells the size before.
+
+        Args:
+            bank: an empty one, which says in which dtype and where; `bank.save` writes it.
+            progress: called after every step.
+
+        Raises:
+            ControlError: the bank holds something, the story's pictures read nobody, or its controls take more of them
+                than a bank holds (`Harmonize`, `Reposition`).
+        """
+        from attnctrl.pipelines.castbank import keeps
+
+        read = story.read
+        acting = _going_on(story, read.regions)
+        watching = keeps(acting, read.regions, story.anchors, bank)
+        # a picture alone has nobody to read
+        joint = acting if story.anchors > 1 else [one for one in acting if not (one.shares or one.follows)]
+        return self._drawn(read, joint, _told(story), progress, watching)
+
+    def need(self, story: Story, bank: Bank) -> int:
+        """Bytes of what `keep` will put into a bank; nothing runs. Raises as `keep`."""
+        from attnctrl.pipelines.castbank import keeps
+
+        read, settings = story.read, self.settings(story.first.scenes[0])
+        kept = keeps(_going_on(story, read.regions), read.regions, story.anchors, bank)
+        run = {"width": settings.width, "height": settings.height, "steps": settings.steps}
+        return sum(
+            one.predict(self.pipe, **run, pictures=story.anchors, branches=1 + settings.guided).nbytes for one in kept
+        )
+
+    def more(
+        self,
+        story: Story,
+        shots: Sequence[Shot],
+        *,
+        bank: Bank | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Story:
         """New shots with the cast of a story, in which it stays what it was.
 
         The pictures of the story that others read are drawn again in the batch: they read each other alone, so they
-        stay what they are. This is where a bank of their keys and values would stand.
+        stay what they are. With a bank they are not drawn, and new ones read what it holds of them.
 
         Args:
             shots: name any of the cast.
+            bank: filled by `keep` or `perform` from this story, with the same model.
             seed: as for `rehearse`.
 
         Raises:
             SceneError: as for `rehearse`.
+            ControlError: the story's pictures read nobody; the bank is of other pictures, or the story's controls need
+                more than it holds.
+            ScheduleError, UnsupportedModelError: the bank is of another run or model.
         """
-        from attnctrl.presets import preset as stack_of
+        from attnctrl.pipelines.castbank import reading
 
-        if not story.anchors:
-            raise ControlError(
-                "The story's pictures read nobody, so new ones have nobody to read. Draw it with shots that share a "
-                "character."
-            )
+        acting = _going_on(story, story.first.regions)
+        # what is refused is refused before anything is drawn
+        if bank is not None:
+            reading(acting, bank, story.anchors)
+        elif not story.first.shots:
+            raise ControlError("This story is that of a record, which holds no pictures to read; give bank=... of it.")
         halves = _halves(progress)
         first = story.first
         resolved = resolve(first.cast, shots, seed, whole=False)
         keys = first.scenes[0].to_dict()
         new = self._rehearsed(resolved, first.cast, keys, None, *(first.reading or (None, READING)), halves[0])
-        read = slice(0, story.anchors)
-        batch = Rehearsal(
-            first.cast,
-            first.shots[read] + new.shots,
-            first.scenes[read] + new.scenes,
-            first.pictures[read] + new.pictures,
-            first.regions[read] + new.regions,
-            first.reading,
-        )
-        options = {**story.options, "anchors": story.anchors}
-        acting = stack_of(story.preset, [list(own) for own in batch.regions], **options)
-        pictures = self._drawn(batch, acting, story.preset, options, halves[1])
+        if bank is not None:
+            return replace(story, rehearsal=new, pictures=self._recalling(new, _told(story), bank, halves[1]))
+        read = story.read
+        both = {name: getattr(read, name) + getattr(new, name) for name in ("shots", "scenes", "pictures", "regions")}
+        batch = replace(first, **both)
+        pictures = self._drawn(batch, _going_on(story, batch.regions), _told(story), halves[1])
         return replace(story, rehearsal=new, pictures=pictures[story.anchors :])
 
-    def again(self, record: Mapping[str, Any], progress: Progress | None = None) -> ScenePicture:
+    def again(
+        self, record: Mapping[str, Any], progress: Progress | None = None, bank: Bank | None = None
+    ) -> ScenePicture:
         """The picture of a record (`attnctrl.provenance.read`), drawn again with its whole story.
 
+        Args:
+            bank: that holds what it read, if a bank did.
+
         Raises:
-            ControlError: the record is not one of a story, or a segmenter found its characters.
+            ControlError: the record is not one of a story, a segmenter found its characters, or its bank is missing.
         """
+        from attnctrl.pipelines.castbank import same_bank
+
         told = record.get("story")
         if not isinstance(told, Mapping) or not {"cast", "shots", "preset", "options", "reading", "shot"} <= set(told):
             raise ControlError("The record is not that of a picture of a story; draw it with ScenePipeline.")
@@ -240,11 +247,14 @@ class MultiSubjectPipeline(Wrapper):
                 "A segmenter found the characters of this story, and no record holds it. Rehearse with segment=... and "
                 "perform again."
             )
+        held = same_bank(told["bank"], bank) if "bank" in told else None
         cast = tuple(Character(**one) for one in told["cast"])
         shots = resolve(cast, [Shot(**one) for one in told["shots"]], whole=False)
         halves, (layers, window) = _halves(progress), told["reading"]
         reading = layers, window_from_json(window)
         rehearsal = self._rehearsed(shots, cast, record["scene"], None, *reading, halves[0])
+        if held is not None:
+            return self._recalling(rehearsal, told, held, halves[1])[told["shot"]]
         story = self.perform(rehearsal, preset=told["preset"], options=told["options"], progress=halves[1])
         return story.pictures[told["shot"]]
 
@@ -286,28 +296,41 @@ class MultiSubjectPipeline(Wrapper):
         how = (layers, window) if segment is None else None
         return Rehearsal(cast, shots, scenes, tuple(pictures), regions, how)
 
+    def _recalling(
+        self, rehearsal: Rehearsal, told: Mapping[str, Any], bank: Bank, progress: Progress | None
+    ) -> tuple[ScenePicture, ...]:
+        """The pictures of new shots that read a bank; `told` are preset and options of its story."""
+        from attnctrl.pipelines.castbank import reading
+
+        from attnctrl.bank.identity import digest_of
+        from attnctrl.presets import preset as stack_of
+
+        stack = stack_of(told["preset"], [list(own) for own in rehearsal.regions], **told["options"])
+        acting = reading(stack, bank, told["anchors"])
+        made = _made(told["preset"], told["options"], told["anchors"])
+        return self._drawn(rehearsal, acting, {**made, "bank": digest_of(bank)}, progress)
+
     def _drawn(
         self,
         rehearsal: Rehearsal,
         acting: Sequence[Control],
-        preset: str,
-        options: Mapping[str, Any],
+        told: Mapping[str, Any],
         progress: Progress | None,
+        watching: Sequence[Control] = (),
     ) -> tuple[ScenePicture, ...]:
-        """The pictures, whose records hold the story."""
+        """The pictures, whose records hold the story; of how it was made what is `told`."""
         seeds = [[_seed(shot)] for shot in rehearsal.shots]
         with warnings.catch_warnings():
             # who is not in a picture is not read by it
             warnings.simplefilter("ignore", UnmovedWarning)
-            pictures = self.draw(rehearsal.scenes, seeds, acting, bool(acting), progress)
+            pictures = self.draw(rehearsal.scenes, seeds, [*acting, *watching], bool(acting), progress)
         story = {
             "cast": [asdict(one) for one in rehearsal.cast],
             "shots": [
                 {**asdict(shot), "boxes": {name: list(box) for name, box in shot.boxes.items()}}
                 for shot in rehearsal.shots
             ],
-            "preset": preset,
-            "options": dict(options),
+            **told,
             "reading": rehearsal.reading and [rehearsal.reading[0], window_to_json(rehearsal.reading[1])],
         }  # fmt: skip
         return tuple(
@@ -318,6 +341,28 @@ class MultiSubjectPipeline(Wrapper):
 
 def _seed(shot: Shot) -> int:
     return int(shot.seed or 0) % (MAX_SEED + 1)
+
+
+def _made(preset: str, options: Mapping[str, Any], anchors: int) -> dict[str, Any]:
+    """What records tell of how a story was made."""
+    return {"preset": preset, "options": dict(options), "anchors": anchors}
+
+
+def _told(story: Story) -> dict[str, Any]:
+    """The same of a story that goes on: all new pictures read those that are read."""
+    return _made(story.preset, {**story.options, "anchors": story.anchors}, story.anchors)
+
+
+def _going_on(story: Story, regions: Sequence[Sequence[Region]]) -> list[Control]:
+    """The controls with which pictures read those of a story. Raises `ControlError` where these read nobody."""
+    from attnctrl.presets import preset as stack_of
+
+    if not story.anchors:
+        raise ControlError(
+            "The story's pictures read nobody, so new ones have nobody to read. Draw it with shots that share a "
+            "character."
+        )
+    return stack_of(story.preset, [list(own) for own in regions], **_told(story)["options"])
 
 
 def _known(rehearsal: Rehearsal) -> bool:
@@ -335,14 +380,3 @@ def _halves(progress: Progress | None) -> tuple[Progress | None, Progress | None
     if progress is None:
         return None, None
     return (lambda done, total: progress(done, 2 * total)), (lambda done, total: progress(total + done, 2 * total))
-
-
-def _sheet(rehearsal: Rehearsal, columns: Sequence[tuple[str, Sequence[ScenePicture]]], side: int) -> Image.Image:
-    from attnctrl.pictures import draw_regions, enlarge, grid
-
-    def shown(number: int, column: int) -> Image.Image:
-        image = enlarge(columns[column][1][number].image, side)
-        return draw_regions(image, rehearsal.regions[number]) if column == 0 else image
-
-    rows = [[shown(number, column) for column in range(len(columns))] for number in range(len(rehearsal.shots))]
-    return grid(rows, [shot.prompt for shot in rehearsal.shots], [name for name, _ in columns], side=side)

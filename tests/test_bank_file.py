@@ -53,16 +53,29 @@ def test_a_loaded_bank_gives_the_same_images_to_the_bit_in_another_process(
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float8"])
 def test_what_is_saved_is_loaded(pipe: Any, dtype: str | None, tmp_path: Path) -> None:
-    bank = captured(pipe, bank=ac.Bank(dtype), regions=SUBJECT, tokens="subject", every=2)
+    bank = captured(pipe, bank=ac.Bank(dtype), regions=SUBJECT, tokens="subject", every=2, queries=True)
     again = ac.Bank.load(bank.save(tmp_path / "a.safetensors"))
     assert again.entries.keys() == bank.entries.keys()
-    told = ("model", "sigmas", "every", "tokens", "dtype", "layers", "steps", "branches", "pictures", "nbytes")
+    told = (
+        "model",
+        "sigmas",
+        "every",
+        "tokens",
+        "dtype",
+        "layers",
+        "steps",
+        "branches",
+        "pictures",
+        "nbytes",
+        "queries",
+    )
     assert [getattr(again, name) for name in told] == [getattr(bank, name) for name in told]
     assert again.places.keys() == bank.places.keys()
     assert all(again.places[key].same_as(held) for key, held in bank.places.items())
     for entry, packed in bank.entries.items():
         like = torch.zeros(())
         assert torch.equal(again.entries[entry].opened(like), packed.opened(like))
+        assert torch.equal(again.entries[entry].opened_query(like), packed.opened_query(like))
 
 
 def test_files_that_are_not_this_models_bank_are_refused(pipe: Any, bank: ac.Bank, tmp_path: Path) -> None:
@@ -93,7 +106,7 @@ def test_files_that_are_not_this_models_bank_are_refused(pipe: Any, bank: ac.Ban
 
 
 @pytest.mark.parametrize("name", PIPES)
-def test_the_bytes_are_told_before(name: str) -> None:
+def test_the_bytes_are_told_before(name: str, tmp_path: Path) -> None:
     pipe = PIPES[name]()
     for dtype in (None, "float16", "float8"):
         keep = ac.Keep(SUBJECT, bank=ac.Bank(dtype), tokens="subject", pictures=1, every=2, window=(0.0, 0.9))
@@ -105,6 +118,20 @@ def test_the_bytes_are_told_before(name: str) -> None:
     need = keep.predict(pipe, width=32, height=16, steps=3)
     run(pipe, range(1), keep)
     assert (need.nbytes, need.branches) == (keep.bank.nbytes, 1)
+    for dtype in (None, "float8"):
+        more = ac.Keep(bank=ac.Bank(dtype), branch="cond", queries=True, texts=name != "sd")
+        run(pipe, range(1), more)
+        packed = next(iter(more.bank.entries.values()))
+        texts = packed.states.shape[2] - next(iter(more.bank.places.values())).tokens.numel()
+        assert (texts > 0) == more.texts
+        assert packed.query is not None
+        told = more.predict(pipe, width=32, height=16, steps=3, text_tokens=texts)
+        again = ac.Bank.load(more.bank.save(tmp_path / "more.safetensors"))
+        assert (again.queries, again.texts, again.nbytes) == (True, more.texts, more.bank.nbytes)
+        assert told.nbytes == more.bank.nbytes >= 1.5 * (need.nbytes if dtype is None else 0)
+    if name == "sd":
+        with pytest.raises(ac.UnsupportedModelError, match="as in UNets"):
+            ac.Keep(bank=ac.Bank(), texts=True).predict(pipe, width=32, height=16, steps=3)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from execute_tools import INF, Spy, formula, inputs, random_visibility
 from torch import Tensor
 
 from attnctrl.call import Act
+from attnctrl.content import States, changed
 from attnctrl.errors import PlanError
 from attnctrl.execute import plan, sdpa
+from attnctrl.metrics.memory import peak_bytes
+from attnctrl.variants import RowSet, row_set
 from attnctrl.visibility import Visibility
 
 TOKENS = 40
@@ -36,6 +39,48 @@ def test_rows_have_plans_of_their_own() -> None:
     out = act().run(q, k, v, None, sdpa, None)
     assert (out - expected(q, k, v, torch.zeros(()))).abs().max() < 1e-12
     assert (out[2:] - formula(visibilities()[0], q[2:], k[2:], v[2:])).abs().max() < 1e-12
+
+
+def test_rows_that_follow_each_other_are_views_and_contents_see_one_set_at_a_time() -> None:
+    spy, met = Spy(), []
+    q, k, v = inputs(TOKENS, batch=4)
+
+    class Twice:
+        def __call__(self, own: States, batch: States, rows: Tensor) -> States:
+            met.append(rows.tolist())
+            assert [torch.equal(mine, whole[rows]) for mine, whole in zip(own, batch, strict=True)] == [True] * 3
+            return own._replace(key=own.key * 2)
+
+    parts: list[RowSet] = [row_set([1, 2], q.device), row_set([0, 3], q.device)]
+    out = Act(
+        [(rows, None) for rows in parts], (TOKENS, TOKENS), contents=[(parts[0], (Twice(),)), (parts[1], ())]
+    ).run(q, k, v, None, spy, None)
+    assert met == [[1, 2]]
+    (first_q, first_k, first_v, *_), (second_q, *_) = spy.calls
+    assert first_q.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+    assert second_q.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
+    assert first_v.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert torch.equal(first_k, k[1:3] * 2)
+    doubled = k * torch.tensor([1.0, 2, 2, 1], dtype=k.dtype).view(4, 1, 1, 1)
+    assert torch.equal(out, sdpa(q, doubled, v))
+
+
+def test_states_of_many_sets_of_rows_are_copied_once_and_nothing_given_is_written_to() -> None:
+    given = States(*inputs(TOKENS, batch=8))
+    before = [one.clone() for one in given]
+
+    class Twice:
+        def __call__(self, own: States, batch: States, rows: Tensor) -> States:
+            return own._replace(key=own.key * 2)
+
+    contents = [(row_set(rows, given.key.device), (Twice(),)) for rows in ([0], [1], [2, 3], [4, 5], [6])]
+    found = changed(contents, given)
+    assert found.query is given.query
+    assert found.value is given.value
+    assert torch.equal(found.key[:7], given.key[:7] * 2)
+    assert torch.equal(found.key[7], given.key[7])
+    assert all(torch.equal(one, old) for one, old in zip(given, before, strict=True))
+    assert peak_bytes(lambda: changed(contents, given)) < 1.6 * given.key.nbytes
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1, TOKENS), (1, 2, TOKENS, TOKENS), (3, TOKENS), (TOKENS, TOKENS)])

@@ -112,12 +112,32 @@ def test_one_branch_of_the_inversion_serves_both_of_guidance(editor: Editor) -> 
     assert len(guided.images) == 2
 
 
+def test_queries_and_texts_are_captured_and_held_on_to_where_they_are_asked_for(editor: Editor) -> None:
+    bank, same = ac.Bank(), {"layers": None, "share": 1.0}
+    plain = editor.edit(picture(), how(share=0.0))
+    looks = editor.edit(picture(), how(states=("query", "key"), **same), bank=bank)
+    assert (bank.queries, bank.texts) == (True, False)
+    assert "query and key of picture 0" in looks.report
+    assert not torch.equal(looks.drawn.clean, plain.drawn.clean)
+    if not editor.adapter.flow:
+        with pytest.raises(ac.UnsupportedModelError, match="tokens='image'"):
+            editor.edit(picture(), how(tokens="all", **same))
+        return
+    bank = ac.Bank()
+    every = editor.edit(picture(), how(tokens="all", states=("query", "key", "value"), **same), bank=bank)
+    assert (bank.queries, bank.texts) == (True, True)
+    assert "texts included" in every.report
+    image = editor.edit(picture(), how(states=("query", "key", "value"), **same))
+    assert not torch.equal(every.drawn.clean, image.drawn.clean)
+
+
 def test_what_cannot_be_asked_for_is_refused() -> None:
     for more, said in (
         ({"share": 1.5}, r"share must be in \[0, 1\]"),
         ({"strength": -1.0}, "strength must be in"),
         ({"guidance": 0.5}, "guidance must be 1 or more"),
-        ({"states": ("query",)}, "states is one or both of key, value"),
+        ({"states": ("score",)}, "states is some of query, key, value"),
+        ({"tokens": "text"}, "tokens must be"),
         ({"method": "magic"}, "method must be one of"),
         ({"steps": 0}, "steps must be 1 or more"),
     ):
@@ -167,6 +187,8 @@ def test_the_command_writes_a_picture_that_says_how_it_was_made(call: Any, folde
         (["pair.yaml"], "picture"),
         (["photo.png", "--method", "ddim"], "does not suit FluxPipeline"),
         (["photo.png", "--share", "2"], "share"),
+        (["photo.png", "--states", "query,score"], "states is some of query, key, value"),
+        (["photo.png", "--tokens", "text"], "tokens must be"),
         (["photo.png", "--model", "nowhere"], "nowhere"),
         (["photo.png", "-o", "out.jpg"], "is no PNG"),
     ],

@@ -128,18 +128,24 @@ def test_rungs(pool: int, pairs: int, k: int) -> None:
     assert found[0][0] == pool
     assert found[-1][1] == pairs
     assert all(later[0] < before[0] and later[1] > before[1] for before, later in pairwise(found))
-    assert all(size >= min(pool, 3 * k) for size, _ in found)
+    assert found[-1][0] == (min(pool, 2 * k) if pairs > 1 else pool)
+    shares = [later[0] / before[0] for before, later in pairwise(found)]
+    assert max(shares, default=0) - min(shares, default=0) < 0.15
 
 
 def test_rungs_by_number() -> None:
-    assert rungs(576, 5, 3) == [(576, 1), (192, 2), (64, 3), (22, 5)]
-    assert rungs(576, 20, 24) == [(576, 5), (192, 10), (72, 20)]
-    assert rungs(9, 5, 3) == [(9, 5)]
+    assert rungs(576, 5, 3) == [(576, 1), (126, 2), (27, 3), (6, 5)]
+    assert rungs(576, 20, 24) == [(576, 2), (309, 3), (166, 5), (89, 10), (48, 20)]
+    assert rungs(35, 48, 3) == [(35, 3), (23, 6), (14, 12), (9, 24), (6, 48)]
+    assert rungs(35, 48, 3, keep=1) == [(35, 3), (19, 6), (10, 12), (6, 24), (3, 48)]
+    assert (rungs(6, 5, 3), rungs(24, 1, 1)) == ([(6, 5)], [(24, 1)])
+    # candidates that cannot be parted so often
+    assert rungs(7, 48, 3) == [(7, 6), (6, 48)]
 
 
 def test_halving_without_elimination_is_exhaustive() -> None:
     one, other = Fake(), Fake()
-    first = search(one, Objective("value", value), plan(k=8, rounds=1))
+    first = search(one, Objective("value", value), plan(k=8, rounds=1, keep=3))
     second = search(other, Objective("value", value), plan(k=8, rounds=1, mode="exhaustive"))
     assert first.search.rounds == second.search.rounds
     assert one.drawn == other.drawn
@@ -148,9 +154,9 @@ def test_halving_without_elimination_is_exhaustive() -> None:
 def test_halving_draws_fewer_and_compares_on_equal_pairs() -> None:
     sampler = Fake()
     found = search(sampler, Objective("value", value), plan(rounds=1))
-    assert rungs(24, 8, 1) == [(24, 2), (8, 4), (3, 8)]
-    assert len(sampler.drawn) == 25 * 2 + 9 * 2 + 4 * 4
-    assert [one.pairs for one in found.search.rounds[0].scores] == [8] * 3 + [4] * 5 + [2] * 16
+    assert rungs(24, 8, 1) == [(24, 1), (10, 2), (5, 4), (2, 8)]
+    assert len(sampler.drawn) == 25 * 1 + 11 * 1 + 6 * 2 + 3 * 4
+    assert [one.pairs for one in found.search.rounds[0].scores] == [8] * 2 + [4] * 3 + [2] * 5 + [1] * 14
 
 
 @pytest.mark.parametrize("mode", ["halving", "exhaustive"])

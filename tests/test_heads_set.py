@@ -18,6 +18,7 @@ from torch import Tensor
 import attnctrl as ac
 from attnctrl.bank.identity import identity_of
 from attnctrl.headset import HeadSet
+from attnctrl.scenecheck import control_schema
 
 SOME = {"heads": [("joint:1", 1), ("joint:0", 0)], "strength": [0.5, 0.25], "scale": 5.0, "window": (0.0, 0.5)}
 
@@ -64,6 +65,22 @@ def test_what_is_given_beside_a_set_comes_first() -> None:
     assert [two.strength for two in ac.Perturb(heads=pair.sets, strength=0.5).sets] == [(0.25, 0.125), 0.5]
     changed = replace(plain, scale=2.0)
     assert (changed.scale, changed.sets[0].strength, changed.window) == (2.0, (0.5, 0.25), (0.0, 0.5))
+
+
+def test_defaults_that_a_set_may_say_are_plain_values() -> None:
+    """On the control, in its document and in the schema of documents."""
+    control = ac.Perturb(layers="joint:0")
+    assert (control.kind, control.strength, control.scale, control.window) == ("identity", 1.0, 3.0, (0.0, 1.0))
+    assert all(type(value) in (str, float, tuple) for value in (control.kind, control.strength, control.window))
+    assert control.to_dict() == ac.Perturb("identity", layers="joint:0", scale=3.0, strength=1.0).to_dict()
+    assert control.to_dict() == {"name": "perturb", "layers": "joint:0"}
+    (told,) = (
+        one
+        for one in json.loads(json.dumps(control_schema()))["oneOf"]
+        if one["properties"]["name"] == {"const": "perturb"}
+    )
+    defaults = {name: told["properties"][name]["default"] for name in ("kind", "scale", "strength")}
+    assert defaults == {"kind": "identity", "scale": 3.0, "strength": 1.0}
 
 
 @pytest.mark.parametrize(

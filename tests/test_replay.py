@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnctrl.families import family_of
+from attnctrl.nested import mapped, tensors_in
 from attnctrl.prefix import lists_of, stretches_before
 from attnctrl.replay import Prefix, Stretch, recording, replaying, within
 
@@ -85,6 +86,20 @@ def test_layer_1_stands_before_layer_10() -> None:
     double = ("transformer_blocks.0",)
     expected = (Stretch(double, double), Stretch(names, names[-1:]))
     assert stretches_before(layer, lists_of(family, model, layers), family, model) == expected
+
+
+def test_tensors_are_changed_wherever_they_lie_and_nothing_else_is() -> None:
+    one, two, three = (torch.tensor([float(number)]) for number in (1, 2, 3))
+    size = torch.Size([4])
+    value = {"a": [one, "text", None], "b": (two, {"c": 5}, size)}
+    other = {"a": [three, "other", None], "b": (one, {"c": 6}, size)}
+    assert [x.item() for x in tensors_in(value)] == [1.0, 2.0]
+    found = mapped(lambda x, y: 10 * x + y, value, other)
+    assert found == {"a": [torch.tensor([13.0]), "text", None], "b": (torch.tensor([21.0]), {"c": 5}, size)}
+    assert found["b"][2] is size
+    assert mapped(torch.neg, (one, None)) == (torch.tensor([-1.0]), None)
+    with pytest.raises(ValueError, match="shorter"):
+        mapped(torch.add, (one, two), (one,))
 
 
 def test_within_is_all_modules() -> None:

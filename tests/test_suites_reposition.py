@@ -78,13 +78,20 @@ def test_the_suite_measures_every_way(monkeypatch):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipes.sd])
+def test_a_table_is_a_way_where_there_is_one():
+    found = {make: set(suite.ways(Runner(make()))) for make in (tiny_pipeline, tiny_pipes.sd3)}
+    assert found[tiny_pipes.sd3] - found[tiny_pipeline] == {"table"}
+    assert found[tiny_pipeline] == {"shared", "resample", "canvas"}
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipes.sd, tiny_pipes.sd3])
 def test_first_pictures_are_the_plain_ones_and_others_are_not(make):
     runner = Runner(make(), size=(32, 32), steps=1, batch=4)
     task, seed = suite.REPOSITION.task("test", 0)
     wanted = suite.pictures(task, seed)
     plain = runner.draw([one.prompt for one in wanted], [one.seed for one in wanted])
-    for draw in (suite.moved, suite.on_canvas):
+    ways = [suite.moved, suite.on_canvas, *[suite.on_table] * (make is tiny_pipes.sd3)]
+    for draw in ways:
         told = []
         drawn = draw(runner, wanted, told.append)
         assert len(drawn) == sum(told) == 5

@@ -115,6 +115,9 @@ def test_guidance_is_measured_against_renders():
     values = [guidance.values(task, images, images) for task, images in zip(tasks, renders, strict=True)]
     assert np.mean([one["binding"] for one in values]) == 1
     assert max(one["saturation"] for one in values) == 0
+    assert min(one["style"] for one in values) == 1
+    rimmed = world.WorldScene(tasks[0].scene.subjects, tasks[0].scene.background, world.WorldStyle("outlined", "black"))
+    assert guidance.values(tasks[0], [world.render(rimmed).image, renders[0][0]], renders[0])["style"] == 0.5
     # each render twice has its mean and, but for N - 1, its covariance
     frechet = guidance.GUIDANCE.whole["frechet"]
     assert frechet.of(frechet.reads(tasks, renders)) < 1e-3
@@ -145,10 +148,14 @@ def test_guidance_is_compared_with_none_and_with_the_models_own(monkeypatch):
     found = measure(suite, runner, "tiny", 2, None, Options(variants=True))
     ways = list(dict.fromkeys(seen))
     assert ways == [(1.0, 1.0, False), (1.0, 1.0, True), (1.0, 5.0, False), (1.0, 5.0, True)]
-    assert {"binding", "scale_0_5.binding", "cfg.binding", "cfg_and_perturbed.binding"} <= set(found["metrics"])
-    (one,) = guidance.perturbed(4.0)(runner, [])
+    assert {"binding", "early.style", "scale_0_5.binding", "cfg.binding", "cfg_and_perturbed.binding"} <= set(
+        found["metrics"]
+    )
+    (one,) = guidance.perturbed(scale=4.0)(runner, [])
+    (early,) = guidance.perturbed(window=guidance.EARLY)(runner, [])
     (own,) = guidance.perturbed()(runner, [])
     assert (one.scale, one.kind, own.guide.scale) == (4.0, own.kind, own.scale)
+    assert (early.scale, early.window, own.window) == (own.scale, (0.0, 0.3), (0.0, 1.0))
 
 
 def test_subjects_are_steered_where_a_plain_run_finds_them():

@@ -1,8 +1,8 @@
 """Banks as files: one safetensors file, with a JSON header in its metadata. No pickles; whole or not at all.
 
-Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8 and "|moments" where they are
-kept, "place|<number>|tokens" and "place|<number>|member" for the places that the header lists, and "sigmas" for the
-noise levels of the run.
+Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8, "|moments" and "|query" where
+they are kept (of float8 "|query_scale"), "place|<number>|tokens" and "place|<number>|member" for the places that the
+header lists, and "sigmas" for the noise levels of the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
 _KEY = "attnctrl.bank"
-_FURTHER = ("scale", "moments")
+_FURTHER = ("scale", "moments", "query", "query_scale")
 """Of what is packed, beside the states."""
 _SIGMAS = "sigmas"
 
@@ -51,6 +51,8 @@ def save(bank: Bank, path: str | Path) -> Path:
         "model": bank.model,
         "every": bank.every,
         "tokens": bank.tokens,
+        "queries": bank.queries,
+        "texts": bank.texts,
         "dtype": bank.dtype,
         "layers": bank.layers,
         "places": places,
@@ -90,6 +92,7 @@ def load(path: str | Path, pipe_or_model: Any = None, device: torch.device | str
 def _filled(bank: Bank, told: dict[str, Any], tensors: dict[str, Tensor]) -> Bank:
     bank.model, bank.sigmas = told["model"], tuple(tensors.pop(_SIGMAS).tolist())
     bank.every, bank.tokens = told["every"], told["tokens"]
+    bank.queries, bank.texts = bool(told.get("queries", False)), bool(told.get("texts", False))
     for number, place in enumerate(told["places"]):
         index, member = (tensors.pop(f"place|{number}|{part}").cpu() for part in ("tokens", "member"))
         held = Held(tuple(place["grid"]), index, tuple(place["names"]), member)

@@ -43,8 +43,8 @@ def digest_of(bank: Bank) -> str:
     digest = hashlib.sha256(repr((bank.sigmas, bank.every, bank.tokens, sorted(bank.model.items()))).encode())
     for entry, packed in sorted(bank.entries.items()):
         digest.update(repr(tuple(entry)).encode())
-        for one in (packed.states, packed.scale, packed.moments):
-            digest.update(b"" if one is None else _bytes(one))
+        for one in packed.tensors:
+            digest.update(_bytes(one))
     return digest.hexdigest()
 
 

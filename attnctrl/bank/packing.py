@@ -27,20 +27,31 @@ class Packed:
     """Keys and values of some tokens.
 
     Attributes:
-        states: [2, heads, tokens, head_dim], keys and then values.
+        states: [2, heads, tokens, head_dim], keys and then values; image tokens, and behind them those of texts where
+            they are kept.
         scale: float32 [2, heads, 1, 1], by which float8 states are multiplied; None for the others.
         moments: float32 or better [2, heads of queries, keys and values one after the other, head_dim], mean and
             standard deviation of all image tokens before their positions; None where they are not kept.
+        query, query_scale: [1, heads of queries, tokens, head_dim] and [1, heads of queries, 1, 1], as states and scale
+            of the same tokens; None where they are not kept.
     """
 
     states: Tensor
     scale: Tensor | None = None
     moments: Tensor | None = None
+    query: Tensor | None = None
+    query_scale: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that are there."""
+        held = (self.states, self.scale, self.moments, self.query, self.query_scale)
+        return tuple(one for one in held if one is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(one.nbytes for one in (self.states, self.scale, self.moments) if one is not None)
+        return sum(one.nbytes for one in self.tensors)
 
     def moments_of(self, name: str, device: torch.device) -> Moments:
         """Mean and standard deviation [heads, 1, head_dim] of the picture's "query", "key" or "value".
@@ -60,34 +71,61 @@ class Packed:
 
     def opened(self, like: Tensor) -> Tensor:
         """[2, heads, tokens, head_dim] in the dtype of `like`, where it is."""
-        if self.scale is None:
-            return self.states.to(like)
-        states = self.states.to(like.device).float() * self.scale.to(like.device)
-        return states.to(like.dtype)
+        return _opened(self.states, self.scale, like)
+
+    def opened_query(self, like: Tensor) -> Tensor:
+        """[heads of queries, tokens, head_dim] in the dtype of `like`, where it is.
+
+        Raises:
+            ControlError: when they are not kept.
+        """
+        if self.query is None:
+            raise ControlError(
+                "The bank keeps keys and values, but no queries. Capture it with Keep(queries=True), or leave 'query' "
+                "out of the states."
+            )
+        return _opened(self.query, self.query_scale, like)[0]
 
 
-def pack(key: Tensor, value: Tensor, name: str | None, device: torch.device | str | None) -> Packed:
-    """Copies of key and value [heads, tokens, head_dim] in the dtype of this name; None leaves the model's.
+def _opened(states: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    if scale is None:
+        return states.to(like)
+    return (states.to(like.device).float() * scale.to(like.device)).to(like.dtype)
+
+
+def pack(
+    key: Tensor, value: Tensor, name: str | None, device: torch.device | str | None, query: Tensor | None = None
+) -> Packed:
+    """Copies of key and value, and maybe query, [heads, tokens, head_dim] each, in the dtype of this name; None leaves
+    the model's.
 
     Raises:
         ControlError: when a number is too large for float16.
     """
-    states = torch.stack([key.detach(), value.detach()])
+    states = _narrowed([key, value], name, device)
+    return Packed(*states, None, *(() if query is None else _narrowed([query], name, device)))
+
+
+def _narrowed(
+    given: Sequence[Tensor], name: str | None, device: torch.device | str | None
+) -> tuple[Tensor, Tensor | None]:
+    """[n, heads, tokens, head_dim] in the dtype of this name, and the scale of float8."""
+    states = torch.stack([one.detach() for one in given])
     if name is None:
-        return Packed(states.to(device or states.device))
+        return states.to(device or states.device), None
     dtype = DTYPES[name]
     if name == "float8":
         largest = states.float().abs().amax(dim=(2, 3), keepdim=True)
         scale = (largest / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
         states = (states.float() / scale).to(dtype)
-        return Packed(states.to(device or states.device), scale.to(device or scale.device))
+        return states.to(device or states.device), scale.to(device or scale.device)
     narrow = states.to(dtype)
     if name == "float16" and states.dtype != dtype and not bool(narrow.isfinite().all()):
         raise ControlError(
-            f"Keys or values of up to {float(states.abs().max()):.3g} do not fit into float16. Give the bank "
+            f"States of up to {float(states.abs().max()):.3g} do not fit into float16. Give the bank "
             "dtype='bfloat16', or None for the model's own."
         )
-    return Packed(narrow.to(device or narrow.device))
+    return narrow.to(device or narrow.device), None
 
 
 def joined(found: Sequence[Moments]) -> Tensor:
@@ -102,8 +140,8 @@ def itemsize(name: str | None, own: torch.dtype) -> int:
 
 
 def packed_bytes(tokens: int, channels: int, heads: int, name: str | None, own: torch.dtype) -> int:
-    """What `Packed.nbytes` will be for so many tokens of `channels` = heads * head_dim."""
-    return 2 * (tokens * channels * itemsize(name, own) + (4 * heads if name == "float8" else 0))
+    """What one state of so many tokens of `channels` = heads * head_dim will take."""
+    return tokens * channels * itemsize(name, own) + (4 * heads if name == "float8" else 0)
 
 
 def moments_bytes(channels: int, queries: int, own: torch.dtype) -> int:

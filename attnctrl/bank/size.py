@@ -23,7 +23,7 @@ class Need:
     """What a capture will keep.
 
     Attributes:
-        nbytes: of keys and values, and of moments where they are kept.
+        nbytes: of keys and values, and of queries and moments where they are kept.
         layers: number of layers.
         share: of their image tokens, the share that is kept, mean over layers and pictures.
         steps: those that are kept.
@@ -74,7 +74,7 @@ def predict(
         AttnCtrlError: whatever `attach` would raise.
     """
     from ..attach import parts_of
-    from ..controls.keep import held_of, is_kept_layer
+    from ..controls.keep import held_of, is_kept_layer, kept_of
     from ..explain import grid_of
     from ..families import family_of
     from ..layout import Measures
@@ -97,16 +97,21 @@ def predict(
         for layer in stack.layers
         if layer.name in seat.layers and is_kept_layer(frames[layer.frame])
     ]
+    keep.check_texts([frames[layer.frame] for layer in layers])
     each, shares = 0, []
     for layer in layers:
         channels, heads, queries = key_sizes(layer.module)
         told = moments_bytes(channels, queries, dtype) if keep.moments else 0
-        tokens = frames[layer.frame].keys.grid
+        keys, own = frames[layer.frame].keys, (keep.bank.dtype, dtype)
+        tokens = keys.grid
         for picture in range(rows):
             scene = picture * stack.scenes // pictures
             names = tuple(region.label for region in stack.regions(scene))
             held = held_of(keep.tokens, tokens, names, stack.member(scene, tokens))
-            each += packed_bytes(len(held.tokens), channels, heads, keep.bank.dtype, dtype) + told
+            each += 2 * packed_bytes(len(kept_of(keys, held, keep.texts)), channels, heads, *own) + told
+            if keep.queries:
+                asking = len(kept_of(frames[layer.frame].queries, held, keep.texts))
+                each += packed_bytes(asking, queries, heads * queries // channels, *own)
             shares.append(len(held.tokens) / torch.Size(tokens).numel())
     count = branches if keep.branch == "all" else 1
     share = sum(shares) / len(shares) if shares else 0.0

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..content import States
 from ..errors import ControlError, ScheduleError, UnsupportedModelError
 from ..region import Grid, by
 from ..schedule import Moment
@@ -89,6 +90,7 @@ class Bank:
         sigmas: noise levels of the run.
         every: every so many steps are kept, and stand for those that follow them.
         tokens: which image tokens are kept: "all", those of subjects ("subject") or of none ("background").
+        queries, texts: queries are kept as well; and states of the prompt's tokens.
         places: by (frame of layers, picture), which tokens these are.
         entries: what is kept.
         version: changes whenever what was kept is forgotten.
@@ -111,6 +113,7 @@ class Bank:
         self.sigmas: tuple[float, ...] = ()
         self.every = 1
         self.tokens = "all"
+        self.queries = self.texts = False
         self.places: dict[tuple[str, int], Held] = {}
         self.entries: dict[Entry, Packed] = {}
         self._steps: dict[int, None] = {}
@@ -152,7 +155,15 @@ class Bank:
             f"branches {' and '.join(self.branches) or 'none'}, {self.nbytes / 1e6:.1f} MB)"
         )
 
-    def begin(self, model: Mapping[str, str], sigmas: Sequence[float], every: int, tokens: str) -> None:
+    def begin(
+        self,
+        model: Mapping[str, str],
+        sigmas: Sequence[float],
+        every: int,
+        tokens: str,
+        queries: bool = False,
+        texts: bool = False,
+    ) -> None:
         """A forward begins whose keys are kept.
 
         Raises:
@@ -161,20 +172,30 @@ class Bank:
         """
         if not self.model:
             self.model, self.sigmas, self.every, self.tokens = dict(model), tuple(sigmas), every, tokens
+            self.queries, self.texts = queries, texts
             return
         self._check_model(model)
         self._check_levels(sigmas)
-        if (every, tokens) != (self.every, self.tokens):
+        names = ("tokens", "every", "queries", "texts")
+        kept, asked = [getattr(self, name) for name in names], [tokens, every, queries, texts]
+        if kept != asked:
+            told = [
+                ", ".join(f"{name}={one!r}" for name, one in zip(names, told, strict=True)) for told in (kept, asked)
+            ]
             raise ControlError(
-                f"The bank keeps tokens='{self.tokens}', every={self.every}; found tokens='{tokens}', every={every}. "
-                "Use a bank of its own for each, or clear() this one."
+                f"The bank keeps {told[0]}; found {told[1]}. Use a bank of its own for each, or clear() this one."
             )
 
     def put(
-        self, entry: Entry, frame: str, held: Held, key: Tensor, value: Tensor, moments: Tensor | None = None
+        self,
+        entry: Entry,
+        frame: str,
+        held: Held,
+        states: States,
+        moments: Tensor | None = None,
     ) -> None:
-        """Keep a layer's key and value [heads, image tokens, head_dim] of a picture, of the tokens `held`; and the
-        moments of all its tokens, see `Packed`.
+        """Keep a layer's states [heads, tokens, head_dim] of a picture: of its tokens `held`, and of texts behind them;
+        and the moments of all its image tokens, see `Packed`.
 
         Raises:
             ControlError: when the place is taken, or the picture had another size or other tokens before.
@@ -191,8 +212,7 @@ class Bank:
                 f"picture {entry.picture}: a second run, or two branches of that name. Use a bank for "
                 "each, or clear() it."
             )
-        tokens = held.tokens.to(key.device)
-        packed = pack(key.index_select(1, tokens), value.index_select(1, tokens), self.dtype, self.device)
+        packed = pack(states.key, states.value, self.dtype, self.device, states.query if self.queries else None)
         if moments is not None:
             packed = replace(packed, moments=moments.to(packed.states.device))
         self.add(entry, packed)

@@ -26,8 +26,10 @@ def edit(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Else the model's own.")] = None,
     share: Annotated[
-        float, typer.Option(min=0, max=1, help="Part of the steps in which the picture's values are kept.")
+        float, typer.Option(min=0, max=1, help="Part of the steps in which the picture's states are kept.")
     ] = 0.3,
+    states: Annotated[str, typer.Option(help="Which: some of query, key and value, with commas.")] = "value",
+    tokens: Annotated[str, typer.Option(help="Those of the image, or of the texts too: all.")] = "image",
     strength: Annotated[float, typer.Option(min=0, max=1, help="How far they are.")] = 1.0,
     guidance: Annotated[float, typer.Option(min=1, help="Classifier-free, of the drawing.")] = 2.0,
     distilled: Annotated[float, typer.Option(min=1, help="Guidance that distilled models are told.")] = 2.0,
@@ -37,7 +39,8 @@ def edit(
 ) -> None:
     """Edit a picture: find the noise it comes from, and draw it from there with another prompt.
 
-    In the first steps values of the model's last blocks are those of the picture, which keeps its layout (--share).
+    In the first steps values of the model's last blocks are those of the picture, which keeps its layout (--share);
+    or queries and keys (--states query,key): who looks where is the picture's, what is seen the new one's.
     The PNG carries the settings; `attnctrl info` prints them.
 
     Example:
@@ -48,8 +51,9 @@ def edit(
 
     from attnctrl.pipelines.editing import Editor, EditSettings
 
+    held: dict[str, Any] = {"states": tuple(one.strip() for one in states.split(",")), "tokens": tokens}
     settings = EditSettings(
-        prompt, source, negative, method, steps, guidance, distilled, share=share, strength=strength
+        prompt, source, negative, method, steps, guidance, distilled, share=share, strength=strength, **held
     )  # fmt: skip
     if output.suffix.lower() != ".png":
         raise typer.BadParameter(f"{output} is no PNG; name a file that ends in .png.", param_hint="--output")
@@ -70,5 +74,6 @@ def edit(
 
 def _human(result: dict[str, Any]) -> str:
     told = result["settings"]
-    kept = f"values of {told['share']:.0%} of the steps kept" if told["share"] * told["strength"] else "nothing kept"
+    named = " and ".join(f"{one[:-1]}ies" if one == "query" else f"{one}s" for one in told["states"])
+    kept = f"{named} of {told['share']:.0%} of the steps kept" if told["share"] * told["strength"] else "nothing kept"
     return f"{result['image']}\n{told['method']}, {told['steps']} steps each way, {kept}, {result['seconds']:.1f} s"

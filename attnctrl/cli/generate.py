@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.groups import Sampling, with_groups
+from attnctrl.cli.groups import FileSeed, Num, Sampling, folder, with_groups
 from attnctrl.cli.loading import Loading, ModelOption, load, model_for
 from attnctrl.cli.output import Advance, Format, FormatOption, emit, hush, note, progress_bar
 from attnctrl.cli.processes import processes
@@ -43,13 +43,9 @@ class _Job:
 @with_groups
 def generate(
     scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="Scene files, or PNGs that attnctrl made.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("out"),
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; else the scene's.")
-    ] = None,
-    num: Annotated[
-        int, typer.Option("--num", "-n", min=1, max=10_000, help="Pictures of each scene; seeds count up.")
-    ] = 1,
+    output: Annotated[Path, folder("the pictures")] = Path("out"),
+    seed: FileSeed = None,
+    num: Num = 1,
     no_control: Annotated[
         bool, typer.Option("--no-control", help="Leave the scene's controls out, to compare.")
     ] = False,

@@ -1,4 +1,4 @@
-"""Options that commands share, as dataclasses: each stands in one place and means the same everywhere."""
+"""Options that commands share, alone or as dataclasses: each stands in one place and means the same everywhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,29 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-__all__ = ["Sampling", "Seed", "Size", "with_groups"]
+__all__ = ["FileSeed", "NegativePrompt", "Num", "Sampling", "Seed", "Size", "folder", "preset_like", "with_groups"]
 
-Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the first picture; else 0.")]
 _PANEL = "Sampling"
+
+
+def _seed(otherwise: str) -> Any:
+    return typer.Option("--seed", min=0, max=2**63 - 1, help=f"Of the first picture; else {otherwise}.")
+
+
+def folder(of: str) -> Any:
+    """`--output`, a folder."""
+    return typer.Option("--output", "-o", help=f"Folder for {of}.")
+
+
+def preset_like(example: str, otherwise: str = "what suits the model") -> Any:
+    """`--preset`, with the name of one."""
+    return typer.Option("--preset", help=f"Such as {example}; else {otherwise}.")
+
+
+Seed = Annotated[int | None, _seed("0")]
+FileSeed = Annotated[int | None, _seed("the file's")]
+Num = Annotated[int, typer.Option("--num", "-n", min=1, max=10_000, help="Pictures, of each scene; seeds count up.")]
+NegativePrompt = Annotated[str, typer.Option("--negative-prompt", help="What guidance moves away from.")]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def search(
     scale: Annotated[float, typer.Option(min=0, help="w of the branch.")] = 3.0,
     window: Annotated[tuple[float, float], typer.Option(help="Of the progress, in which it acts.")] = (0.0, 1.0),
     mode: Annotated[Mode, typer.Option(help="exhaustive is the published algorithm.")] = Mode.halving,
+    keep: Annotated[int, typer.Option(min=1, max=100, help="Candidates of a halving's end, for each head taken.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, max=500, help="Else the model's own.")] = None,
     size: Annotated[tuple[int, int] | None, typer.Option(help="Width and height; else the model's own.")] = None,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free; 1 is none, as published.")] = 1.0,
@@ -81,9 +82,8 @@ def search(
     hush()
     asked = [objective_of(one) for one in objective or ["toybox"]]
     found = load_sampler(model, layers=layers, kind=_kind(kind), steps=steps, size=size, guidance=guidance, batch=batch)
-    plan = Plan(
-        _pairs(prompts, seeds, "tune", 0), topk, rounds, strength, scale, window, _kind(kind), mode.value
-    )  # fmt: skip
+    pairs = _pairs(prompts, seeds, "tune", 0)
+    plan = Plan(pairs, topk, rounds, strength, scale, window, _kind(kind), mode.value, keep=keep)
     held = _pairs(held_out or prompts, confirm, "test", _HELD_SEEDS) if confirm else ()
     scores = output.with_suffix(".scores.jsonl")
     job = Job(found, asked, plan, output, scores, held, report, budget)

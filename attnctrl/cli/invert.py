@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnctrl.cli.groups import folder
 from attnctrl.cli.loading import DeviceOption, DtypeOption, check_device, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def invert(
     picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")] = Path("out"),
+    output: Annotated[Path, folder("what is written")] = Path("out"),
     model: Annotated[str, typer.Option("--model", "-m", help="toy-flux, a folder, or a hub id.")] = "toy-flux",
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the picture shows.")] = "",
     method: Annotated[

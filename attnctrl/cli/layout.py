@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnctrl.cli.generate import tell
-from attnctrl.cli.groups import Sampling, Seed, Size, with_groups
+from attnctrl.cli.groups import NegativePrompt, Num, Sampling, Seed, Size, folder, preset_like, with_groups
 from attnctrl.cli.loading import Loading, QuickModel, check_preset, load, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
@@ -49,13 +49,11 @@ def layout(
         ),
     ] = None,
     background: Annotated[str | None, typer.Option("--background", help="What is outside all places.")] = None,
-    negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What guidance moves away from.")] = "",
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="Such as lamic-fixed; else what suits the model.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for layout-SEED.png.")] = Path("out"),
+    negative_prompt: NegativePrompt = "",
+    preset: Annotated[str | None, preset_like("lamic-fixed")] = None,
+    output: Annotated[Path, folder("layout-SEED.png")] = Path("out"),
     seed: Seed = None,
-    num: Annotated[int, typer.Option("--num", "-n", min=1, max=10_000, help="Pictures; seeds count up.")] = 1,
+    num: Num = 1,
     form: FormatOption = Format.human,
     model: QuickModel = "toy-flux",
     loading: Loading = Loading(),

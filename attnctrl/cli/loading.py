@@ -228,10 +228,12 @@ def check_device(device: str | None) -> str | None:
     return device
 
 
-def check_preset(name: str | None) -> None:
-    """Raises `typer.BadParameter` for a stack of controls that there is not; None is the model's own."""
+def check_preset(name: str | None, known: Mapping[str, Any] | None = None) -> None:
+    """Raises `typer.BadParameter` for a stack of controls that there is not among those that are known, which are all
+    presets; None is the model's own."""
     from attnctrl.presets import PRESETS
     from attnctrl.scenecheck import nearest
 
-    if name is not None and name not in PRESETS:
-        raise typer.BadParameter(f"no preset '{name}'; {nearest(name, PRESETS)}", param_hint="--preset")
+    known = PRESETS if known is None else known
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"no preset '{name}'; {nearest(name, known)}", param_hint="--preset")

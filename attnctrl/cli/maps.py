@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnctrl.cli.generate import read_scene
-from attnctrl.cli.groups import Sampling, with_groups
+from attnctrl.cli.groups import FileSeed, Sampling, folder, with_groups
 from attnctrl.cli.loading import Loading, ModelOption, check_device, load, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
@@ -31,12 +31,12 @@ class When(str, Enum):
 def maps(
     source: Annotated[Path, typer.Argument(metavar="SCENE", help="A scene file, or a PNG that attnctrl made.")],
     words: Annotated[list[str], typer.Option("--words", "-w", help="Words of the prompt; give it once for each map.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and the JSON.")] = Path("out"),
+    output: Annotated[Path, folder("the pictures and the JSON")] = Path("out"),
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Layers to read, such as single:0-18; else all.")
     ] = None,
     when: Annotated[When, typer.Option(help="The model's own attention, or as controls make it.")] = When.pre,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Else the scene's.")] = None,
+    seed: FileSeed = None,
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave the scene's controls out.")] = False,
     form: FormatOption = Format.human,
     model: ModelOption = None,

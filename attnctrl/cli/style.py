@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from attnctrl.cli.groups import Sampling, Seed, Size, with_groups
+from attnctrl.cli.groups import NegativePrompt, Sampling, Seed, Size, folder, preset_like, with_groups
 from attnctrl.cli.invert import read_picture
 from attnctrl.cli.loading import Loading, QuickModel, check_preset, load, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
@@ -29,14 +29,12 @@ def style(
     cleaner: Annotated[
         float, typer.Option("--cleaner", min=0, max=5, help="How much less noisy than the run that picture is.")
     ] = 0.0,
-    negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What guidance moves away from.")] = "",
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="Such as style-aligned; else what suits the model.")
-    ] = None,
+    negative_prompt: NegativePrompt = "",
+    preset: Annotated[str | None, preset_like("style-aligned")] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", min=2, help="So many pictures at once, the first in each; else all.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for style-0.png, ...")] = Path("out"),
+    output: Annotated[Path, folder("style-0.png, ...")] = Path("out"),
     seed: Seed = None,
     form: FormatOption = Format.human,
     model: QuickModel = "toy-flux",

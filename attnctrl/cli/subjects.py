@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctrl.cli.groups import Sampling, with_groups
-from attnctrl.cli.loading import Loading, ModelOption, load, named_model
+from attnctrl.cli.groups import FileSeed, Sampling, folder, preset_like, with_groups
+from attnctrl.cli.loading import Loading, ModelOption, check_preset, load, named_model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def subjects(
     shot: Annotated[
         list[str] | None, typer.Option("--shot", "-s", help='A prompt: "{ball} left"; once for each picture.')
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and a sheet.")] = Path("out"),
-    preset: Annotated[str | None, typer.Option("--preset", help="Such as consistory; else the story's.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the first shot; else the story's.")] = None,
+    output: Annotated[Path, folder("the pictures and a sheet")] = Path("out"),
+    preset: Annotated[str | None, preset_like("consistory", "the story's")] = None,
+    seed: FileSeed = None,
     form: FormatOption = Format.human,
     model: ModelOption = None,
     loading: Loading = Loading(),
@@ -48,13 +48,11 @@ def subjects(
     from attnctrl.pipelines.cast import resolve
     from attnctrl.pipelines.models import find_scene_model
     from attnctrl.presets_sets import SETS
-    from attnctrl.scenecheck import nearest
 
     story = _story(source, cast or [], shot or [])
     given = {"preset": preset, "seed": seed, **sampling.changes()}
     story = story.model_copy(update={name: value for name, value in given.items() if value is not None})
-    if story.preset not in SETS:
-        raise typer.BadParameter(f"no preset '{story.preset}'; {nearest(story.preset, SETS)}", param_hint="--preset")
+    check_preset(story.preset, SETS)
     resolve(story.characters, story.pictures, story.seed)
     stem = "story" if source is None else source.stem
     folder = Path() if source is None else source.parent

@@ -10,6 +10,7 @@ from .keep import Keep
 from .lamic import GroupIsolation, RegionModulation
 from .nag import NAG
 from .perturb import Perturb
+from .queries import PlainQueries
 from .region import OpenTexts, Regions
 from .reposition import Reposition
 from .reuse import Reuse
@@ -28,6 +29,7 @@ __all__ = [
     "Keep",
     "OpenTexts",
     "Perturb",
+    "PlainQueries",
     "RegionModulation",
     "Regions",
     "Reposition",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+from torch import Tensor
 
 from ..bank import Bank
 from ..call import Blend, Probe, Situation
 from ..content import Content, Places
 from ..errors import ControlError
-from ..guidance import Guide
 from ..headset import HeadSet
+from ..increments import Guide
 from ..layout import Span
 from ..output import Output
 from ..region import Overlap, Region
@@ -24,15 +26,33 @@ from ..visibility import Visibility
 from ..watch import View
 from ..wraps import Now, Site, Wrap
 
-__all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "scenes_of"]
+__all__ = ["CODE_ONLY", "CONTROLS", "Branch", "Control", "Scenes", "Unless", "default_of", "scenes_of", "unless"]
 
 Branch = Literal["cond", "uncond", "all", "perturbed"]
 Scenes = tuple[tuple[Region, ...], ...]
+T = TypeVar("T")
 
 CODE_ONLY = "code_only"
 """In the metadata of a field: it is given in code, and is no part of documents."""
 CONTROLS: dict[str, type[Control]] = {}
 """All registered controls by name."""
+
+
+@dataclass(frozen=True)
+class Unless:
+    """A field that was not given: it has this value unless another field says it. Never outlives `__post_init__`."""
+
+    value: Any
+
+
+def unless(value: T) -> T:
+    """The default of a field that another field may say."""
+    return cast(T, Unless(value))
+
+
+def default_of(item: Field[Any]) -> Any:
+    """What a field is where nothing says it."""
+    return item.default.value if isinstance(item.default, Unless) else item.default
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +87,9 @@ class Control:
     """Its output takes in those of other pictures of the batch, see `reads`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
+    looks_ahead: ClassVar[bool] = False
+    """A forward in which nothing is read of other pictures runs ahead of each that it acts in, and its `probes` watch
+    that one; it acts where something is shared."""
     wraps: ClassVar[bool] = False
     """It goes around whole modules, see `wrap`."""
     keeps: ClassVar[bool] = False
@@ -129,8 +152,11 @@ class Control:
         return ()
 
     def probes(self, view: View) -> Mapping[str, Probe]:
-        """By layer, what watches its kernel call in the forward that begins; of observing controls alone."""
+        """By layer, what watches its kernel call in the forward that begins; of controls that observe or look ahead."""
         return {}
+
+    def forget(self) -> None:
+        """The forward that it looked ahead of has ended: what was kept for it goes."""
 
     def content(self, situation: Situation, layer: Layer, places: Callable[[], Places | None]) -> Sequence[Content]:
         """Its part in the content stage of a layer: what becomes of queries, keys and values; () leaves them alone.
@@ -202,6 +228,16 @@ class Control:
         return None
 
     @property
+    def exchanges(self) -> bool:
+        """It changes what stands where before the first layer, see `exchange`."""
+        return False
+
+    def exchange(self, situation: Situation, other: int) -> Tensor | None:
+        """How far image tokens of another picture that is read go before its first layer: float64 [image tokens, 2]
+        (y, x), in tokens; None leaves them."""
+        return None
+
+    @property
     def guide(self) -> Guide | None:
         """The perturbed branch that it opens and acts in; None acts in the branches that there are."""
         return None
@@ -210,7 +246,7 @@ class Control:
         """JSON-serialisable form; fields at their default are left out."""
         data: dict[str, Any] = {"name": self.name}
         for item in fields(self):
-            value, default = getattr(self, item.name), item.default
+            value, default = getattr(self, item.name), default_of(item)
             if value != default and CODE_ONLY in item.metadata:
                 raise ControlError(
                     f"'{self.name}' holds {item.name}={value!r}, which is not written to documents; give it in code."

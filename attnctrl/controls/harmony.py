@@ -100,9 +100,7 @@ class Harmony:
         return {n: pair for n, pair in found.items() if bool(pair.any())}
 
     def __call__(self, call: Executed) -> Tensor:
-        batch, control = call.batch, self.control
-        device = call.out.device
-        rows = torch.arange(len(batch.out), device=device) if call.rows is None else call.rows
+        batch, control, rows, device = call.batch, self.control, call.rows, call.out.device
         place = self.situation.frame.queries["image"]
         span, grid = slice(place.start, place.stop), self.situation.frame.queries.grid
 

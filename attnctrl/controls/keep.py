@@ -6,8 +6,8 @@ The anchors of ConsiStory (arXiv 2402.03286, "anchor cache") and the id images o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 from ..bank import Bank, Entry, Held, checked_branch
 from ..bank.packing import joined
 from ..call import Probe
-from ..content import Places, moments_before
-from ..errors import ControlError, LayoutError, PlanError, ScheduleError
+from ..content import Places, States, moments_before
+from ..errors import ControlError, LayoutError, PlanError, ScheduleError, UnsupportedModelError
 from ..execute import Kernel
-from ..layout import Frame
+from ..layout import Frame, Layout
 from ..region import Grid
 from ..select import Layer
 from ..watch import View
@@ -30,7 +30,7 @@ from .sharing import Tokens
 if TYPE_CHECKING:
     from ..bank.size import Need
 
-__all__ = ["Keep", "held_of", "is_kept_layer"]
+__all__ = ["Keep", "held_of", "is_kept_layer", "kept_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,9 @@ class Keep(Regional):
         moments: mean and standard deviation of queries, keys and values of all image tokens, as they were before their
             positions, are kept as well: a style that `ShareStyle(bank=...)` matches. Little: of each layer as much as
             three tokens of float32.
+        queries: queries of the same tokens are kept as well, for `Inject`.
+        texts: states of the model's own texts (and registers) are kept as well, where image tokens share a sequence
+            with them; for `Inject(tokens="all")`.
     """
 
     name: ClassVar[str] = "keep"
@@ -58,6 +61,8 @@ class Keep(Regional):
     pictures: int | None = field(default=None, kw_only=True)
     every: int = field(default=1, kw_only=True)
     moments: bool = field(default=False, kw_only=True)
+    queries: bool = field(default=False, kw_only=True)
+    texts: bool = field(default=False, kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -90,7 +95,8 @@ class Keep(Regional):
         Raises:
             ScheduleError: when the step of the forward is unknown.
             ControlError: when the bank holds something else, or a branch is unknown.
-            UnsupportedModelError: when moments are kept, and the model's positions are not known.
+            UnsupportedModelError: when moments are kept, and the model's positions are not known; when texts are, and
+                in no layer they are among the tokens of images.
         """
         step = view.moment.step
         if step is None:
@@ -105,7 +111,8 @@ class Keep(Regional):
             for number, row in enumerate(view.told)
             if self.pictures is None or row.image < self.pictures
         ]
-        self.bank.begin(view.identity(), view.moment.sigmas, self.every, self.tokens)
+        self.bank.begin(view.identity(), view.moment.sigmas, self.every, self.tokens, self.queries, self.texts)
+        self.check_texts([view.frames[0][layer.frame] for layer in view.layers])
         held: dict[tuple[str, int], Held] = {}
         found: dict[str, Probe] = {}
         for layer in view.layers:
@@ -118,11 +125,25 @@ class Keep(Regional):
                     names, member = view.holders(number, layer.frame)
                     held[key] = held_of(self.tokens, frame.keys.grid, names, member)
                 entry = Entry(layer.name, step, branch, image)
-                begins = frame.keys["image"].start, frame.queries["image"].start
                 places = view.places(number, layer.frame) if self.moments else None
-                captures.append(Capture(view.rows.start + number, *begins, entry, held[key], self.moments, places))
+                captures.append(
+                    Capture(view.rows.start + number, frame, entry, held[key], self.texts, self.moments, places)
+                )
             found[layer.name] = LayerCapture(self.bank, layer, view.batch, tuple(captures))
         return found
+
+    def check_texts(self, frames: Sequence[Frame]) -> None:
+        """Whether texts, if asked for, are among the tokens of images somewhere.
+
+        Raises:
+            UnsupportedModelError: when they are not.
+        """
+        if self.texts and not any(is_kept_layer(one) and one.keys.own_texts for one in frames):
+            raise UnsupportedModelError(
+                f"'{self.name}' has texts=True, but in none of these layers texts share a sequence with the image: "
+                "image tokens read each other alone there, as in UNets, where texts are read by cross-attention. Leave "
+                "texts out (of Inject and editing: tokens='image')."
+            )
 
 
 def is_kept_layer(frame: Frame) -> bool:
@@ -153,31 +174,38 @@ class Capture:
 
     Attributes:
         row: its number.
-        keys, queries: where its image begins among them.
-        entry, held: under what, and which tokens.
+        frame: its tokens.
+        entry, held: under what, and which tokens of the image.
+        texts: those of texts are kept too.
         moments: these are kept too.
         places: where its image tokens stand, for the moments; None where they do not turn.
     """
 
     row: int
-    keys: int
-    queries: int
+    frame: Frame
     entry: Entry
     held: Held
+    texts: bool = False
     moments: bool = False
     places: Places | None = None
 
-    def look(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Key and value [heads, image tokens, head_dim] of its row of a call, and its moments, if asked for."""
-        tokens = prod(self.held.grid)
-        starts = (self.queries, self.keys, self.keys)
-        query, key, value = (
-            one[self.row, :, start : start + tokens] for one, start in zip((query, key, value), starts, strict=True)
-        )
+    def look(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[States, Tensor | None]:
+        """The states [heads, tokens, head_dim] that are kept of its row of a call, and its moments, if asked for."""
+        sides = (self.frame.queries, self.frame.keys, self.frame.keys)
+        own = [one[self.row] for one in (query, key, value)]
+        index = [kept_of(side, self.held, self.texts).to(key.device) for side in sides]
+        found = States(*(one.index_select(1, tokens) for one, tokens in zip(own, index, strict=True)))
         if not self.moments:
-            return key, value, None
+            return found, None
+        image = [one[:, side["image"].start : side["image"].stop] for one, side in zip(own, sides, strict=True)]
         standing = (self.places, self.places, None)  # values do not turn
-        return key, value, joined([*map(moments_before, (query, key, value), standing)])
+        return found, joined([*map(moments_before, image, standing)])
+
+
+def kept_of(side: Layout, held: Held, texts: bool) -> Tensor:
+    """int64: of queries or keys, the tokens that are kept: those `held` of the image, and then those of texts."""
+    spans = side.own_texts if texts else ()
+    return torch.cat([held.tokens + side["image"].start, *(torch.arange(*span) for span in spans)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +230,7 @@ class LayerCapture:
     ) -> None:
         """Keep one call. Raises `PlanError` when its rows or tokens are others than the layout says."""
         for one in self.captures:
-            end = one.keys + prod(one.held.grid)
+            end = one.frame.keys.tokens if one.texts else one.frame.keys["image"].stop
             if key.shape[0] != self.batch or key.shape[2] < end:
                 raise PlanError(
                     f"'keep' expects {self.batch} rows of {end} keys and more in layer {self.layer.name}, but the "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from os import PathLike
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +18,12 @@ from .. import perturb as forms
 from ..call import Situation
 from ..errors import ControlError
 from ..execute import as_bias
-from ..guidance import Guide
 from ..headset import HeadSet, Kind, is_written_set
+from ..increments import Guide, RescaleMode
 from ..output import Executed
+from ..schedule import Window
 from ..select import Layer
-from .base import Branch, Control, Scenes
+from .base import Branch, Control, Scenes, Unless, unless
 
 __all__ = ["Block", "Heads", "Kind", "Perturb", "Rows"]
 
@@ -31,6 +31,8 @@ Rows = Literal["all", "image", "text", "reference"]
 Block = Literal["row", "within"]
 Heads = Sequence[int] | Mapping[str, Sequence[int]] | HeadSet | Sequence[HeadSet] | str | PathLike[str] | None
 
+_SAID = frozenset({"kind", "scale", "window", "strength"})
+"""Fields that sets of heads say, where they are not given."""
 _OWN: tuple[Kind, ...] = ("identity", "slerp")
 """Kinds that need a value of each query's own."""
 _MAPPED: tuple[Kind, ...] = ("max", "slerp")
@@ -43,8 +45,8 @@ class Perturb(Control):
 
     The prompt's rows run through the model once more, in a branch "perturbed" in which these layers are perturbed, and
     guided = u + s (c - u) + scale (c - p). Controls of the branches "cond" and "all" act there too. Several `Perturb`
-    with equal scale, rescale and window share one branch; others have branches of their own. With branch="cond",
-    "uncond" or "all" the perturbation acts in that branch itself, and there is no further forward.
+    with an equal `Guide` share one branch; others have branches of their own. With branch="cond", "uncond" or "all" the
+    perturbation acts in that branch itself, and there is no further forward.
 
     Attributes:
         kind: what the map A becomes. "identity", each token reads itself alone; "uniform", all it sees alike;
@@ -63,32 +65,32 @@ class Perturb(Control):
         sigma: of "blur", in tokens.
         temperature: of "temperature".
         scale: w of the branch; 0 is "not there".
-        rescale: in [0, 1]; see `attnctrl.guidance.Guide`.
+        rescale, rescale_mode: in [0, 1], and what of; see `attnctrl.increments.Guide`.
         replay: the branch takes what comes before its first perturbed layer from the prompt's forward, where it can.
     """
 
     name: ClassVar[str] = "perturb"
 
-    kind: Kind = "identity"
+    kind: Kind = field(default=unless("identity"))
     heads: Heads = field(default=None, kw_only=True)
     rows: Rows = field(default="all", kw_only=True)
     block: Block = field(default="row", kw_only=True)
     sigma: float = field(default=2.0, kw_only=True)
     temperature: float = field(default=2.0, kw_only=True)
-    scale: float = field(default=3.0, kw_only=True)
+    scale: float = field(default=unless(3.0), kw_only=True)
     rescale: float = field(default=0.0, kw_only=True)
+    rescale_mode: RescaleMode = field(default="partial", kw_only=True)
     replay: bool = field(default=True, kw_only=True)
+    window: Window = field(default=unless((0.0, 1.0)), kw_only=True)
     branch: Branch = field(default="perturbed", kw_only=True)
-
-    def __new__(cls, *args: Any, **given: Any) -> Perturb:
-        """Notes which arguments are given: a set of heads says the others."""
-        made = super().__new__(cls)
-        object.__setattr__(made, "_given", frozenset({*given, *(["kind"] if args else [])}))
-        return made
+    strength: float = field(default=unless(1.0), kw_only=True)
 
     def __post_init__(self) -> None:
+        given = frozenset(name for name in _SAID if not isinstance(getattr(self, name), Unless))
+        for name in _SAID - given:
+            object.__setattr__(self, name, getattr(self, name).value)
         if sets := _sets_of(self.heads):
-            self._take(sets)
+            self._take(sets, given)
         elif isinstance(self.heads, Mapping):
             if self.layers is not None and tuple(self.layers) != tuple(self.heads):
                 raise ControlError(
@@ -99,7 +101,7 @@ class Perturb(Control):
         elif self.heads is not None:
             object.__setattr__(self, "heads", _numbers(self.heads))  # type: ignore[arg-type]
         super().__post_init__()
-        for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block)):
+        for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block), ("rescale_mode", RescaleMode)):
             self._check_choice(choice, known)
         self._check_range("rescale", 0, 1)
         for positive, low in (("scale", 0), ("sigma", 1e-3), ("temperature", 1e-3)):
@@ -109,9 +111,8 @@ class Perturb(Control):
         if self.kind == "blur" and self.rows == "text":
             raise ControlError(f"'{self.name}': 'blur' smooths over a picture; rows='text' have none.")
 
-    def _take(self, sets: Sequence[HeadSet]) -> None:
+    def _take(self, sets: Sequence[HeadSet], given: frozenset[str]) -> None:
         """What sets of heads say, and what is given beside them."""
-        given: frozenset[str] = self._given  # type: ignore[attr-defined]
         beside = {name: getattr(self, name) for name in ("kind", "scale", "window") if name in given}
         found = [one.changed(**beside) for one in sets]
         top = max(one.strongest for one in found)
@@ -150,7 +151,9 @@ class Perturb(Control):
 
     @property
     def guide(self) -> Guide | None:
-        return Guide(self.scale, self.rescale, self.window, self.replay) if self.branch == "perturbed" else None
+        if self.branch != "perturbed":
+            return None
+        return Guide(self.scale, self.rescale, self.window, self.replay, self.rescale_mode)
 
     @property
     def is_idle(self) -> bool:
@@ -204,11 +207,6 @@ class Perturb(Control):
                 f"meant by one of {', '.join(map(repr, self.heads))}. Write {names[1]!r}."
             )
         return tuple(sorted({head for heads in found for head in heads}))
-
-
-# readers of signatures would be shown that of __new__
-_fields = signature(Perturb.__init__)
-Perturb.__signature__ = _fields.replace(parameters=[*_fields.parameters.values()][1:])  # type: ignore[attr-defined]
 
 
 def _kind_of(name: str) -> str:

@@ -25,7 +25,7 @@ from .base import Branch, Control
 
 __all__ = ["Mode", "Reposition", "UnmovedWarning"]
 
-Mode = Literal["rope", "resample"]
+Mode = Literal["rope", "table", "resample"]
 
 
 class UnmovedWarning(UserWarning):
@@ -44,11 +44,15 @@ class Reposition(Control):
     namesake stay where they are, with a warning.
 
     Attributes:
-        mode: "rope" turns keys on, by fractions of a token as well, in models with rotary positions. "resample", for
-            every model, moves nothing: it weighs each token by how often resizing the subject would take it, which is
-            all that remains of moving keys without positions; with equal sizes it does nothing.
+        mode: "rope" turns keys on, by fractions of a token as well, in models with rotary positions. "table", in models
+            that add positions once at the input (SD3, PixArt, AuraFlow), exchanges there what was added to the
+            subject's tokens, x_j - pos(p_j) + pos(p_j'), bilinear in the table: the picture that is read runs with it
+            in all layers, so it should be a pinned row (`attnctrl.pinned`), whose own picture nobody looks at, and
+            whoever reads it must have its subjects at the same places. "resample", for every model, moves nothing: it
+            weighs each token by how often resizing the subject would take it, which is all that remains of moving keys
+            without positions; with equal sizes it does nothing.
         fit: "stretch" fills the region's extent, "contain" and "cover" keep proportions.
-        density: with "rope", a subject that is scaled counts as much as the area that it then covers.
+        density: with "rope" and "table", a subject that is scaled counts as much as the area that it then covers.
         strength: g, of the way to go; 0 leaves everything where it stands.
     """
 
@@ -71,18 +75,32 @@ class Reposition(Control):
         if rotary is None or not {"y", "x"} <= set(rotary.axes):
             raise UnsupportedModelError(
                 f"'{self.name}': mode='rope' turns keys on, and in this model image tokens have no rotary positions in "
-                "steps of whole tokens. Use mode='resample', or a canvas (attnctrl.pipelines.canvas)."
+                "steps of whole tokens. Use mode='resample', mode='table' in models that add positions to the picture, "
+                "or a canvas (attnctrl.pipelines.canvas)."
             )
-        self._tell_unmoved(situation, other)
-        height, width = _grid(situation)
-        cells = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        frames = situation.shared[other].shape[1] // len(cells)
-        places = cells.repeat(frames, 1)
-        shift = torch.zeros(len(places), len(rotary.axes), dtype=torch.float64)
-        axes = [rotary.axes.index("y"), rotary.axes.index("x")]
-        for held, fitting in self._fittings(situation, other, _extents):
-            shift[held.nonzero(), axes] = self.strength * fitting.shift(places[held])
+        by = self._shift(situation, other)
+        shift = torch.zeros(len(by), len(rotary.axes), dtype=torch.float64)
+        shift[:, [rotary.axes.index("y"), rotary.axes.index("x")]] = by
         return Move((rotary, shift))
+
+    @property
+    def exchanges(self) -> bool:
+        return self.mode == "table"
+
+    def exchange(self, situation: Situation, other: int) -> Tensor | None:
+        by = self._shift(situation, other)
+        namesakes = situation.shared[other][:-1]
+        return by if bool(namesakes.any()) else None
+
+    def _shift(self, situation: Situation, other: int) -> Tensor:
+        """float64 [image tokens, 2]: how far, (y, x) in tokens, those of another picture go."""
+        self._tell_unmoved(situation, other)
+        cells = torch.cartesian_prod(*map(torch.arange, _grid(situation)))
+        places = cells.repeat(situation.shared[other].shape[1] // len(cells), 1)
+        shift = torch.zeros(len(places), 2, dtype=torch.float64)
+        for held, fitting in self._fittings(situation, other, _extents):
+            shift[held] = self.strength * fitting.shift(places[held])
+        return shift
 
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
@@ -152,6 +170,7 @@ class Reposition(Control):
 
 _WEIGHTS: Mapping[Mode, Callable[[Reposition, Situation, int], Tensor]] = {
     "rope": Reposition._density,
+    "table": Reposition._density,
     "resample": Reposition._multiplicity,
 }
 

@@ -178,7 +178,8 @@ class Share(Joined):
         """Subjects are asked for, and nothing tells which tokens are theirs."""
         if self.bank is not None:
             # the tokens of a bank bring the names of their subjects
-            return (self.tokens != "all" and not self.bank.names) or (self.queries != "all" and not situation.regions)
+            told = situation.regions or self.scenes
+            return (self.tokens != "all" and not self.bank.names) or (self.queries != "all" and not told)
         known = situation.regions or any(bool(held.any()) for held in situation.shared.values())
         return (self.tokens, self.queries) != ("all", "all") and not known
 

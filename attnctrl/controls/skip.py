@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ControlError, UnsupportedModelError
-from ..guidance import Guide
+from ..increments import Guide, RescaleMode
 from ..schedule import Window
 from ..wraps import Now, Site, Wrap
 from .base import Branch, Control
@@ -30,7 +30,7 @@ class Skip(Control):
     """Blocks or their attention are left out, and the picture is led away from what that gives.
 
     As with `Perturb` the prompt's rows run through the model once more, in a branch "perturbed", and guided =
-    u + s (c - u) + scale (c - p). `Skip` and `Perturb` with equal scale, rescale, window and replay share one branch.
+    u + s (c - u) + scale (c - p). `Skip` and `Perturb` with an equal `Guide` share one branch.
     With branch="all" the layers are left out of the run itself, and there is no further forward; in "cond" or "uncond"
     that works where these branches have forwards of their own.
 
@@ -43,7 +43,7 @@ class Skip(Control):
         strength: 0 or 1.
         scale: w of the branch; 0 is "not there". Defaults of scale and window are those of SD3.5-Medium, whose layers
             are "joint:7-9".
-        rescale: in [0, 1]; see `attnctrl.guidance.Guide`.
+        rescale, rescale_mode: in [0, 1], and what of; see `attnctrl.increments.Guide`.
         replay: the branch takes what comes before its first layer from the prompt's forward, where it can.
     """
 
@@ -53,6 +53,7 @@ class Skip(Control):
     what: What = "block"
     scale: float = field(default=2.8, kw_only=True)
     rescale: float = field(default=0.0, kw_only=True)
+    rescale_mode: RescaleMode = field(default="partial", kw_only=True)
     replay: bool = field(default=True, kw_only=True)
     window: Window = field(default=(0.01, 0.2), kw_only=True)
     branch: Branch = field(default="perturbed", kw_only=True)
@@ -60,6 +61,7 @@ class Skip(Control):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("what", What)
+        self._check_choice("rescale_mode", RescaleMode)
         self._check_range("rescale", 0, 1)
         self._check_range("scale", 0, float("inf"), open_end=True)
         if self.strength not in (0, 1):
@@ -72,7 +74,9 @@ class Skip(Control):
 
     @property
     def guide(self) -> Guide | None:
-        return Guide(self.scale, self.rescale, self.window, self.replay) if self.branch == "perturbed" else None
+        if self.branch != "perturbed":
+            return None
+        return Guide(self.scale, self.rescale, self.window, self.replay, self.rescale_mode)
 
     @property
     def is_idle(self) -> bool:

@@ -128,9 +128,9 @@ class ScaledKeys:
     scale: float
 
     def __call__(self, own: States, batch: States, rows: Tensor) -> States:
-        key = own.key
+        key = own.key.clone()
         for start, stop in self.spans:
-            key = key.slice_scatter(key[:, :, start:stop] * self.scale, 2, start, stop)
+            key[:, :, start:stop] *= self.scale
         return own._replace(key=key)
 
     def explain(self) -> str:
@@ -185,7 +185,11 @@ class AdaIN:
         else:
             # in float32 from one turn to the other, rounded once
             found = places.done(matched(places.undone(image), aim, self.strength)).to(states.dtype)
-        return found if stop - start == states.shape[2] else states.slice_scatter(found, 2, start, stop)
+        if stop - start == states.shape[2]:
+            return found
+        made = states.clone()  # slice_scatter copies all rows of which these are a view
+        made[:, :, start:stop] = found
+        return made
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ class OfRow(AdaIN):
 
     def _aim(self, name: Matched, batch: States, rows: Tensor) -> Moments:
         start, stop = self._span(name)
-        anchor = getattr(batch, name)[rows + self.offset][:, :, start:stop]
+        anchor = getattr(batch, name)[:, :, start:stop][rows + self.offset]
         return moments_before(anchor, self._places(name))
 
     def _model(self) -> str:

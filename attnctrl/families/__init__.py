@@ -111,6 +111,9 @@ class Family:
         returns: by stack, those arguments of a block's forward that have the form of what it returns, in its order;
             others take and return `hidden_states`.
         fused: stacks whose attention modules hold the feed-forward as well.
+        table: name of the module that makes image tokens of latents and adds to each its entry of a table of positions;
+            "" where positions are not added to the picture, or not only there.
+        beyond: what a pipeline's guidance_scale lacks to s of u + s (c - u).
     """
 
     name: str
@@ -140,6 +143,8 @@ class Family:
     corner: Callable[[Any, Frames], tuple[float, ...]] | None = None
     returns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
+    table: str = ""
+    beyond: float = 0.0
 
     def standing(self, model: Any) -> Standing:
         """How the image tokens of a model turn with their places."""

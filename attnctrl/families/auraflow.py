@@ -43,5 +43,6 @@ AURAFLOW = Family(
     count=count_tokens,
     readers=(Reader(),),
     corner=still,
+    table="pos_embed",
     returns={"joint": TEXT_IMAGE},
 )

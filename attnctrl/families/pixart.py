@@ -46,4 +46,5 @@ PIXART = Family(
     count=count_tokens,
     readers=(Reader(written=_cleaned),),
     corner=still,
+    table="pos_embed",
 )

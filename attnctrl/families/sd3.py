@@ -79,5 +79,6 @@ SD3 = Family(
     # both CLIP encoders see the same words; they stand side by side in channels
     readers=(Reader("tokenizer", limit=_clip_tokens), Reader("tokenizer_3", begin=_clip_tokens)),
     corner=still,
+    table="pos_embed",
     returns={"joint": TEXT_IMAGE, "dual": TEXT_IMAGE},
 )

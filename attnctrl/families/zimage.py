@@ -156,4 +156,6 @@ ZIMAGE = Family(
     rotary=lambda model: Rotary(("picture", "y", "x"), tuple(model.config.axes_dims), model.config.rope_theta),
     corner=corner,
     returns=dict.fromkeys(("noise", "context", "main"), ("x",)),
+    # its pipeline takes c + guidance_scale (c - u)
+    beyond=1.0,
 )

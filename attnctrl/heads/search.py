@@ -4,8 +4,9 @@
     each round:  score S + {h} for every h of the pool;  move the k best of the pool to S
 
 Heads of one round are never tested together. mode="exhaustive" scores every head on every pair, as published;
-"halving" scores all on few pairs and the better third of them on more (successive halving), never fewer than 3 k. All
-candidates of a round see the same noises and prompts, so what they are compared by are differences of pairs.
+"halving" scores all on few pairs, fewer of them on twice as many, and so on (successive halving), to the last keep x k
+on all. All candidates of a round see the same noises and prompts, so what they are compared by are differences of
+pairs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from .scores import Advance, Objective, Scorer, digest
 __all__ = ["Mode", "Plan", "estimate", "rungs", "search"]
 
 Mode = Literal["halving", "exhaustive"]
-_KEPT_PER_PICK = 3
+KEEP = 2
 """Candidates that stay to the end of a round, for each that is taken."""
-_SHARE_KEPT = 3
-"""One of so many stays after a rung."""
+RUNGS = 5
+"""Of a round at most: the first has a sixteenth of the pairs."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Plan:
         k: heads that a round takes; `rounds`, how many there are.
         strength, scale, window, kind: of the perturbation, see `Perturb`.
         mode: see the module's text.
+        keep: of halving: candidates on all pairs for each head that is taken, >= 1. More find surely what is best on
+            all pairs, fewer cost less.
         candidates: heads that may be taken, in any order; None for all.
 
     Raises:
@@ -57,10 +60,12 @@ class Plan:
     kind: Kind = "identity"
     mode: Mode = "halving"
     candidates: Sequence[Head] | None = None
+    keep: int = KEEP
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.rounds < 1:
-            raise ControlError(f"A search takes k >= 1 heads in each of rounds >= 1; found {self.k} and {self.rounds}.")
+        if min(self.k, self.rounds, self.keep) < 1:
+            found = f"found k {self.k}, rounds {self.rounds}, keep {self.keep}"
+            raise ControlError(f"A search takes k >= 1 heads in each of rounds >= 1, and keeps >= 1 for each; {found}.")
         if not self.pairs or len(set(self.pairs)) < len(self.pairs):
             raise ControlError(f"A search has pairs, each once; found {len(self.pairs)} of {len(set(self.pairs))}.")
         if self.strength == 0 or self.scale == 0:
@@ -96,20 +101,21 @@ class Plan:
 
     def rungs(self, pool: int) -> list[tuple[int, int]]:
         """Of a round with so many candidates, see `rungs`."""
-        return [(pool, len(self.pairs))] if self.mode == "exhaustive" else rungs(pool, len(self.pairs), self.k)
+        exhaustive = self.mode == "exhaustive"
+        return [(pool, len(self.pairs))] if exhaustive else rungs(pool, len(self.pairs), self.k, self.keep)
 
 
-def rungs(pool: int, pairs: int, k: int) -> list[tuple[int, int]]:
-    """(candidates, pairs from the first on) of each rung: a third of the candidates goes on to about twice the pairs.
-
-    The last rung has all pairs; no rung has fewer than 3 k candidates, nor two of them equally many pairs.
-    """
-    sizes = [pool]
-    while (fewer := max(-(-sizes[-1] // _SHARE_KEPT), _KEPT_PER_PICK * k)) < sizes[-1]:
-        sizes.append(fewer)
-    counts = sorted({-(-pairs // 2**half) for half in range(pairs.bit_length() + 1)})
-    number = min(len(sizes), len(counts))
-    return list(zip(sizes[:number], counts[-number:], strict=True))
+def rungs(pool: int, pairs: int, k: int, keep: int = KEEP) -> list[tuple[int, int]]:
+    """(candidates, pairs from the first on) of each rung: each has about twice the pairs of the one before it, and
+    fewer candidates by one and the same factor, from all of them on few pairs to keep x k on all pairs."""
+    counts = sorted({-(-pairs // 2**half) for half in range(RUNGS)})
+    last = min(pool, keep * k)
+    share = (last / pool) ** (1 / max(1, len(counts) - 1))
+    ladder: dict[int, int] = {}
+    for number, count in enumerate(counts):
+        # of rungs of equally many candidates the one with most pairs knows all that the others do
+        ladder[max(last, round(pool * share**number))] = count
+    return list(ladder.items()) if len(counts) > 1 else [(pool, pairs)]
 
 
 def search(

@@ -17,7 +17,7 @@ from ..call import Act, per_sample
 from ..errors import PlanError
 from ..execute import Kernel, as_bias, sdpa
 from ..execute.tokens import add_bias
-from ..output import of_rows
+from ..output import mask_of
 from ..region import Grid
 
 __all__ = ["LayerProbe", "probe"]
@@ -104,7 +104,7 @@ class LayerProbe:
             )
         if mask is not None:
             mask = as_bias(per_sample(mask, self.batch, self.tokens), query.dtype)
-            mask = of_rows(mask, self.rows)
+            mask = mask_of(mask, self.rows)
         if self.hidden is not None:
             mask = add_bias(mask, self.hidden.to(query.dtype))
         query, key = query[self.rows], key[self.rows]

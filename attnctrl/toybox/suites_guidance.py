@@ -55,12 +55,14 @@ def _pictures(task: Task, seed: int) -> list[Picture]:
 
 def values(task: Task, images: Images, plain: Images) -> dict[str, float]:
     """`binding`: share of told subjects that are there, and no more of them than told; `saturation`: mean distance of
-    the pictures' colourfulness from that of the render, as a share of 255."""
+    the pictures' colourfulness from that of the render, as a share of 255; `style`: share of pictures in the told style
+    (too much contrast at edges is read as outlines)."""
     render = world.render(task.scene, *images[0].shape[:2]).image
     readings = [read_picture(image) for image in images]
     right = [_bound(task, reading.subjects) for reading in readings]
     off = [abs(_colourfulness(image) - _colourfulness(render)) for image in images]
-    return {"binding": float(np.mean(right)), "saturation": float(np.mean(off))}
+    told = [reading.style.name == task.scene.style.name for reading in readings]
+    return {"binding": float(np.mean(right)), "saturation": float(np.mean(off)), "style": float(np.mean(told))}
 
 
 def _bound(task: Task, found: Sequence[Found]) -> float:
@@ -114,14 +116,15 @@ CHOSEN: Mapping[str, Mapping[str, Any]] = {
 """What is perturbed in the model of each family, chosen on "tune"."""
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Of the curve from too little to too much."""
+EARLY = (0.0, 0.3)
+"""The share of steps in which places and shapes are decided, and edges are not."""
 
 
-def perturbed(scale: float | None = None) -> Stack:
-    """The branch that was chosen for the runner's model, with its own scale or another."""
+def perturbed(**other: Any) -> Stack:
+    """The branch that was chosen for the runner's model, with these settings in the place of its own."""
 
     def stack(runner: Runner, _pictures: Sequence[Picture]) -> list[Control]:
-        told = CHOSEN[family_of(parts_of(runner.pipe)[0]).name]
-        return [Perturb(**(told if scale is None else {**told, "scale": scale}))]
+        return [Perturb(**{**CHOSEN[family_of(parts_of(runner.pipe)[0]).name], **other})]
 
     return stack
 
@@ -144,12 +147,13 @@ GUIDANCE = Suite(
     sample=sample,
     pictures=_pictures,
     values=values,
-    better={"binding": "higher", "saturation": "lower"},
+    better={"binding": "higher", "saturation": "lower", "style": "higher"},
     fidelity=fidelity,
     whole={"frechet": Whole("lower", _seen, frechet)},
     controls=perturbed(),
     variants={
-        **{f"scale_{scale:g}".replace(".", "_"): perturbed(scale) for scale in SCALES},
+        "early": perturbed(window=EARLY),
+        **{f"scale_{scale:g}".replace(".", "_"): perturbed(scale=scale) for scale in SCALES},
         "cfg": guided(None),
         "cfg_and_perturbed": guided(perturbed()),
     },

@@ -2,13 +2,15 @@
 
 Where subjects stand is told by the words of their prompts, before anything is drawn. In models with rotary positions
 the shared keys are moved; in others the subject is cut out of the first picture, put on a canvas at its new place, and
-that canvas is read as a pinned row.
+that canvas is read as a pinned row. Where positions are added to the picture, the first picture can be that row itself,
+with other entries of the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from attnctrl.region import Region
 
 from . import world
 from .scorer import Expected, match, read_picture
-from .suite import Drawing, Images, Picture, Suite, draw_pictures
+from .suite import Acting, Drawing, Images, Picture, Suite, draw_pictures
 from .suites_run import Runner
 from .suites_sets import Task, Told, fidelity, reposition_values, sample_reposition
 
@@ -80,21 +82,46 @@ def on_canvas(
     runner: Runner, wanted: Sequence[Picture], done: Callable[[int], None] | None = None, **share: Any
 ) -> list[np.ndarray]:
     """The first picture of each task as it is without control; the others read its subject on canvases."""
+    return _on_pinned(runner, wanted, done, lambda first, shown, one: (_cut(first, shown, one), one), **share)
+
+
+def on_table(
+    runner: Runner, wanted: Sequence[Picture], done: Callable[[int], None] | None = None, **share: Any
+) -> list[np.ndarray]:
+    """The same, but they read that picture itself, whose subject has the entries of its new place."""
+
+    def itself(first: np.ndarray, shown: Picture, one: Picture) -> tuple[Image.Image, Picture]:
+        return Image.fromarray(first), replace(shown, seed=one.seed)
+
+    return _on_pinned(runner, wanted, done, itself, Reposition(mode="table"), **share)
+
+
+def _on_pinned(
+    runner: Runner,
+    wanted: Sequence[Picture],
+    done: Callable[[int], None] | None,
+    read: Callable[[np.ndarray, Picture, Picture], tuple[Image.Image, Picture]],
+    *more: Control,
+    **share: Any,
+) -> list[np.ndarray]:
+    """`read`: (first picture, what it shows, what reads) -> the picture that is read, and what its row is told."""
     tasks = [wanted[start : start + EACH] for start in range(0, len(wanted), EACH)]
     firsts = runner.draw([task[0].prompt for task in tasks], [task[0].seed for task in tasks], progress=done)
-    others = [(one, _cut(first, task[0], one)) for task, first in zip(tasks, firsts, strict=True) for one in task[1:]]
-    rows = [one for one, _ in others for _ in range(2)]
-    canvases = [canvas for _, canvas in others]
+    others = [(one, read(first, task[0], one)) for task, first in zip(tasks, firsts, strict=True) for one in task[1:]]
+    rows = [row for one, (_, told) in others for row in (told, one)]
+    pinned = [picture for _, (picture, _) in others]
 
     @contextmanager
     def around(start: int, stop: int) -> Iterator[None]:
         from attnctrl.pipelines.canvas import pinned_pictures
 
-        shown = {row - start: canvases[row // 2] for row in range(start, stop, 2)}
+        shown = {row - start: pinned[row // 2] for row in range(start, stop, 2)}
         seeds = {row - start: rows[row].seed for row in range(start, stop, 2)}
         with ExitStack() as held:
             held.enter_context(pinned_pictures(runner.pipe, shown, seeds))
-            held.enter_context(attnctrl.attach(runner.pipe, anchored(runner, rows[start:stop], group=2, **share)))
+            held.enter_context(
+                attnctrl.attach(runner.pipe, anchored(runner, rows[start:stop], *more, group=2, **share))
+            )
             yield
 
     paired = runner.with_batch(max(2, runner.batch // 2 * 2))
@@ -134,6 +161,13 @@ def moved(runner: Runner, wanted: Sequence[Picture], done: Callable[[int], None]
     return draw_pictures(runner, wanted, on_ropes, done, max(1, len(wanted) // EACH))
 
 
+def ways(runner: Runner) -> dict[str, Acting]:
+    """What else can be read, by what the model knows of positions."""
+    found: dict[str, Acting] = {"shared": anchored, "resample": on_resampled, "canvas": Drawing(on_canvas)}
+    tabled = family_of(parts_of(runner.pipe)[0]).table
+    return {**found, "table": Drawing(on_table)} if tabled else found
+
+
 REPOSITION = Suite(
     name="reposition",
     sample=sample_reposition,
@@ -142,5 +176,5 @@ REPOSITION = Suite(
     better=dict.fromkeys(("identity_similarity", "same_place", "near", "far", "far_and_small", "slope"), "higher"),
     fidelity=fidelity,
     controls=Drawing(moved),
-    variants={"shared": anchored, "resample": on_resampled, "canvas": Drawing(on_canvas)},
+    variants=ways,
 )

@@ -14,6 +14,7 @@ from harness import flux, sd3
 from torch import Tensor
 
 import attnctrl as ac
+from attnctrl.increments import saliency
 from attnctrl.toybox.models.flux import tiny_pipeline
 
 SIZE = {"height": 32, "width": 48, "output_type": "latent"}
@@ -84,6 +85,58 @@ def test_a_step_moves_by_the_increment_whatever_the_guidance(name: str, door: st
     if not name.startswith("sd-") and name != "sd":
         assert abs(k + 1) < 1e-4  # from sigma 1 to 0
     assert torch.equal(generate(name), base)
+
+
+@pytest.mark.parametrize("mode", ["full", "snf"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "sd3-plain"])
+def test_rescaled_by_what_the_pipelines_guidance_gives(name: str, mode: Any) -> None:
+    """The latents of a step move by what the formula gives for u, c, p and the scale that the pipeline was told."""
+    base = generate(name)
+    moves = []
+    for control in (perturb(name), perturb(name, rescale=0.75, rescale_mode=mode)):
+        with ac.attach(pipeline(name.partition("-")[0]), control), predictions(name) as seen:
+            moves.append(generate(name) - base)
+    u, c, p = seen[0][0].double(), seen[0][-1].double(), seen[1][0].double()
+    s = CALLS[name]["guidance_scale"]
+    cfg, g = u + s * (c - u), 3 * (c - p)
+    if mode == "full":
+        change = g * c.std() / (cfg + g).std()
+    elif name == "sd3-plain":
+        change = g
+    else:
+        change = torch.where(saliency(g) > saliency(cfg - u), g - (cfg - u), 0.0)
+    expected = 0.75 * change + 0.25 * g
+    k = (moves[0] * g).sum() / (g * g).sum()
+    assert (moves[1] - k * expected).abs().max() < 1e-4 * moves[1].abs().max()
+    assert torch.equal(generate(name), base)
+
+
+def test_guidance_that_is_not_known_in_time_is_refused() -> None:
+    """Branches in forwards of their own come too late, and a bare model does not tell its scale."""
+    for name in ("flux-true-cfg", "flux"):
+        control = perturb(name, rescale=1.0, rescale_mode="full")
+        with ac.attach(pipeline("flux"), control), pytest.raises(ac.ControlError, match="rescale_mode='partial'"):
+            generate(name)
+    setting = sd3(batch=2)
+    control = ac.Perturb(layers="joint:0", rescale=1.0, rescale_mode="snf")
+    with (
+        ac.attach(setting.model, control, branches=("uncond", "cond")),
+        pytest.raises(ac.ControlError, match="tells its guidance_scale"),
+    ):
+        setting.run()
+    # without a share of it nothing has to be known
+    with ac.attach(pipeline("flux"), perturb("flux", rescale_mode="snf")):
+        generate("flux")
+
+
+@pytest.mark.parametrize("control", [ac.Perturb, ac.Skip])
+def test_modes_are_told_by_documents(control: Any) -> None:
+    made = control(layers="joint:0", rescale=0.5, rescale_mode="snf")
+    told = made.to_dict()
+    assert told["rescale_mode"] == "snf"
+    assert ac.Control.from_dict(told).guide == made.guide != control(layers="joint:0", rescale=0.5).guide
+    with pytest.raises(ac.ControlError, match="rescale_mode must be one of partial, full, snf; found 'half'"):
+        control(layers="joint:0", rescale_mode="half")
 
 
 @pytest.mark.parametrize(("name", "plain"), [("flux", 1), ("flux-true-cfg", 2), ("sd3", 1), ("sd", 1)])

@@ -72,8 +72,9 @@ def test_the_first_step_follows_the_papers_tables(case: str) -> None:
 
 
 def always(control: Any) -> Any:
-    """The control at all steps: a bare model has no first one."""
-    return replace(control, window=(0.0, 1.0))
+    """The control at all steps, the same at each: a bare model has no first one."""
+    flat = {"last": control.first} if isinstance(control, ac.PlainQueries) else {}
+    return replace(control, window=(0.0, 1.0), **flat)
 
 
 STYLES = ("style-aligned", "alignedgen", "freecus")

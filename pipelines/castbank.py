@@ -1,0 +1,97 @@
+"""A cast in a bank: what later pictures read of a story's first ones, without drawing those again.
+
+Kept is what the controls of the story share, in their layers, steps and branches; what the pictures that read the bank
+look like is what they look like beside the story's, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from attnctrl.controls import Keep, Reposition, Share
+from attnctrl.errors import ControlError
+
+if TYPE_CHECKING:
+    from attnctrl.bank import Bank
+    from attnctrl.controls import Control
+    from attnctrl.region import Region
+
+__all__ = ["keeps", "reading", "same_bank"]
+
+
+def keeps(acting: Sequence[Control], regions: Sequence[Sequence[Region]], pictures: int, bank: Bank) -> list[Keep]:
+    """What keeps, beside these controls, all that a story's first pictures are read for.
+
+    Args:
+        acting: the story's controls.
+        regions: of each picture of the batch.
+        pictures: so many of the first are kept.
+        bank: an empty one.
+
+    Raises:
+        ControlError: the bank holds something, or later pictures could not do without those in the batch.
+    """
+    if bank.entries:
+        raise ControlError(f"The bank is not empty ({bank!r}); give a new one, or clear() it.")
+    told: dict[str, Any] = {"bank": bank, "pictures": pictures}
+    scenes = [list(own) for own in regions]
+    return [
+        Keep(
+            scenes,
+            tokens=one.tokens,
+            overlap=one.overlap,
+            layers=one.layers,
+            window=one.window,
+            branch=one.branch,
+            **told,
+        )
+        for one in _sharing(acting)
+    ]
+
+
+def reading(acting: Sequence[Control], bank: Bank, pictures: int) -> list[Control]:
+    """The same controls for pictures that read a bank of so many pictures in place of others of the batch.
+
+    Raises:
+        ControlError: the bank holds others, or one of the controls needs the pictures themselves.
+    """
+    sharing = _sharing(acting)
+    if bank.pictures != pictures:
+        raise ControlError(
+            f"New pictures of this story read {pictures} of its pictures, and the bank holds {bank.pictures} "
+            f"({bank!r}). Fill one with keep(story, bank), or with perform(..., bank=bank)."
+        )
+    alone: dict[str, Any] = {"bank": bank, "readers": Share.readers, "anchors": Share.anchors, "group": None}
+    # where nobody is in any picture, there is nobody to read as
+    idle = [one for one in sharing if one.queries != "all" and not any(one.scenes)]
+    return [replace(one, **alone) if one in sharing else one for one in acting if one not in idle]
+
+
+def same_bank(digest: str, bank: Bank | None) -> Bank:
+    """The bank that a record names. Raises `ControlError` where it is missing or another one."""
+    from attnctrl.bank.identity import digest_of
+
+    if bank is None or digest_of(bank) != digest:
+        raise ControlError(
+            f"What this picture reads is in a bank (sha256 {digest[:16]}...), and "
+            f"{'none was given' if bank is None else 'the one that was given is another'}. Give bank=Bank.load(path)."
+        )
+    return bank
+
+
+def _sharing(acting: Sequence[Control]) -> list[Share]:
+    """The controls by which pictures are shared. Raises `ControlError` where some need more than a bank holds."""
+    for one in acting:
+        if one.compares or isinstance(one, Reposition):
+            reason = "takes in outputs of" if one.compares else "moves what is read to where it stands from places in"
+            option = "harmony=0" if one.compares else "reposition=None"
+            raise ControlError(
+                f"'{one.name}' {reason} the story's pictures, of which a bank holds keys and values alone. Draw the "
+                f"story without it (preset 'subjects': options={option}), or go on without a bank."
+            )
+    found = [one for one in acting if isinstance(one, Share)]
+    if not found:
+        raise ControlError("No control of this story shares pictures, so there is nothing to keep in a bank.")
+    return found
