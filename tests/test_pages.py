@@ -49,12 +49,14 @@ def test_a_figure_that_was_changed_by_hand_is_found_and_mended(tmp_path: Path, c
     (tmp_path / pages.RESULTS).symlink_to(ROOT / pages.RESULTS)
     good = (ROOT / "README.md").read_text(encoding="utf-8")
     page = tmp_path / "README.md"
-    for right, wrong in (("| 0.664 |", "| 0.994 |"), ("2e-07<!--", "1e-07<!--"), ("| two halves, phase A", "| A")):
-        assert right in good
-        page.write_text(good.replace(right, wrong, 1), encoding="utf-8")
+    for right in (r"(?<=\| )\d\.\d{3}(?= \|)", r"[-+.\d%e]+(?=<!-- = )", r"(?<=^\| )two halves, phase A"):
+        bad, changed = re.subn(right, "77.7", good, count=1, flags=re.MULTILINE)
+        assert changed == 1
+        page.write_text(bad, encoding="utf-8")
         assert pages.main(["--root", str(tmp_path), "--check"]) == 1
-        told = capsys.readouterr().out
-        assert f"-{next(line for line in page.read_text().splitlines() if wrong in line)}\n" in told
+        taken = re.findall(r"^-(?!-)(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+        assert taken == [line for line in bad.splitlines() if "77.7" in line]
+        assert page.read_text(encoding="utf-8") == bad
         assert pages.main(["--root", str(tmp_path)]) == 0
         assert page.read_text(encoding="utf-8") == good
         assert capsys.readouterr().out == f"{page}\n"

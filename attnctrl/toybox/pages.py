@@ -39,7 +39,11 @@ COMMANDS = {
     "plan-memory": "python benchmarks/plan_memory.py",
 }
 """Of the results that do not say it themselves."""
-RATIOS = {"of_dense": ("ours_s", "dense_s"), "of_unmasked": ("ours_s", "unmasked_s")}
+RATIOS = {
+    "of_dense": ("ours_s", "dense_s"),
+    "of_unmasked": ("ours_s", "unmasked_s"),
+    "of_mask": ("peak_bytes", "mask_bytes"),
+}
 NAMES = ("case", "method", "family", "door", "steps")
 """Columns that tell the rows of a measurement apart."""
 SUMMARIES = {"min": min, "max": max, "median": statistics.median}
@@ -72,7 +76,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """With ratios of its times, and bytes in GB."""
+    """With the ratios that it tells, and bytes in GB."""
     ratios = {name: row[above] / row[below] for name, (above, below) in RATIOS.items() if {above, below} <= set(row)}
     sizes = {f"{name[:-6]}_gb": value / 1e9 for name, value in row.items() if name.endswith("_bytes")}
     return {**row, **ratios, **sizes}
