@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .suites_guidance import CHOSEN
+from .suites_guidance import CHOSEN, EARLY
 
 Cell = str | tuple[str, str, str]
 
@@ -178,6 +178,7 @@ def guidance(families: Mapping[str, str]) -> Table:
         "binding": "`binding`",
         "prompt_fidelity": "`prompt_fidelity`",
         "saturation": "`saturation` off by",
+        "style": "`style` as told",
         "frechet": "`frechet`",
         "diversity": "`diversity`",
     }
@@ -187,6 +188,7 @@ def guidance(families: Mapping[str, str]) -> Table:
         for label, prefix, form, time in (
             ("no guidance", "", PLAIN, "{vanilla:.0f}"),
             (f"{told['kind']}, `{told['layers']}`, w = {told['scale']:g}", "", HELD, "{controlled:.2f}"),
+            (f"the same until {EARLY[1]:.0%} of the way", "early.", HELD, "{controlled:.2f}"),
             ("the model's own guidance", "cfg.", HELD, "{controlled:.2f}"),
             ("both", "cfg_and_perturbed.", HELD, "{controlled:.2f}"),
         ):
