@@ -217,7 +217,8 @@ class MultiSubjectPipeline(Wrapper):
         first = story.first
         resolved = resolve(first.cast, shots, seed, whole=False)
         keys = first.scenes[0].to_dict()
-        new = self._rehearsed(resolved, first.cast, keys, None, *(first.reading or (None, READING)), halves[0])
+        layers, window = first.reading or (None, READING)
+        new = self._rehearsed(resolved, first.cast, keys, None, layers, window, halves[0])
         if bank is not None:
             return replace(story, rehearsal=new, pictures=self._recalling(new, _told(story), bank, halves[1]))
         read = story.read
