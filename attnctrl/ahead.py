@@ -33,18 +33,23 @@ class Ahead:
 
     @contextmanager
     def of(
-        self, stack: Stack, step: Step, caches: bool, forward: Callable[[Arguments], Any], arguments: Arguments
+        self,
+        stack: Stack,
+        step: Step,
+        hindrance: Callable[[], str],
+        forward: Callable[[Arguments], Any],
+        arguments: Arguments,
     ) -> Iterator[None]:
         """Run the plain forward of a step, if somebody looks ahead; what is kept of it is forgotten in the end.
 
         Args:
             stack: of controls on the model.
             step: of the forward that follows, and what acts in it.
-            caches: caches of diffusers are on the model.
+            hindrance: () -> why the model cannot run once more at a step, and what to do; "" when it can.
             forward: runs the model.
 
         Raises:
-            UnsupportedModelError: with caches, which would take it for a step.
+            UnsupportedModelError: where something is in the way.
             ControlError: with perturbed branches in the same step.
         """
         found = {name: tuple(n for n in on if _control(stack, n).looks_ahead) for name, on in step.active.items()}
@@ -53,10 +58,10 @@ class Ahead:
             yield
             return
         name = looking[0].name
-        if caches:
+        if reason := hindrance():
             raise UnsupportedModelError(
-                f"'{name}' runs the model once more at a step, and a cache of diffusers would take that for another "
-                f"step. Call model.disable_cache(), or leave '{name}' out."
+                f"'{name}' runs the model once more at a step and keeps its queries, and {reason}, or leave '{name}' "
+                "out (preset 'consistory': plain=(0, 0))."
             )
         if guides := stack.guides(step.moment):
             opening = next(one.name for g, on in guides.items() for n in on if (one := _control(stack, n)).guide == g)

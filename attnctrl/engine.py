@@ -178,8 +178,16 @@ class Engine:
             return
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
             step = self._where(arguments)
-        with self._ahead.of(self.stack, step, self._caches_blocks(), forward, arguments):
+        with self._ahead.of(self.stack, step, self._hindrance, forward, arguments):
             yield
+
+    def _hindrance(self) -> str:
+        """What is in the way of a plain forward, and what to do about it; "" when nothing is."""
+        if self._caches_blocks():
+            return "a cache of diffusers would take that for another step. Call model.disable_cache()"
+        if is_compiled(self.model):
+            return "compiled code keeps none. Run it before the model or its blocks are compiled"
+        return ""
 
     @property
     def guides(self) -> bool:

@@ -187,6 +187,12 @@ def test_what_does_not_go_with_it_is_an_error_that_says_why() -> None:
         "first": 0.5,
         "last": 0.25,
     }
+    compiled = sd3(batch=2)
+    compiled.model.transformer_blocks[0].compile(backend="eager")
+    reason = r"compiled code keeps none.*plain=\(0, 0\)"
+    attached = ac.attach(compiled.model, [ac.Share(), queries(0.5)], branches=("cond",))
+    with attached, pytest.raises(ac.UnsupportedModelError, match=reason):
+        compiled.run()
     from diffusers import PyramidAttentionBroadcastConfig
 
     pipe = tiny_pipeline()
