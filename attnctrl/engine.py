@@ -25,7 +25,7 @@ from .kernels import MASKING, backend_name, known_maskless
 from .layout import Frames
 from .norms import Norms
 from .place import Branches, Place, guidance_of, rows_of, skipped_blocks
-from .prefix import prefixes_of
+from .prefix import Outlines, prefixes_of
 from .region import Region
 from .report import arrived, left
 from .schedule import Moment
@@ -55,6 +55,7 @@ class Engine:
         self.family = family_of(model)
         self.layers: tuple[Layer, ...] = self.family.layers(model)
         self.entries: list[Entry] = []
+        self.outlines = Outlines(self.family, model, self.layers)
         self._standing = self.family.standing(model)
         self.tap = Tap(model, self.layers, self, root=root, shadows=self.family.shadows)
         self.stack = Stack((), self.layers, self.family.presets, self._standing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from .tap import Tap, hooks_of, is_compiled
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["Lists", "lists_of", "prefixes_of", "stretches_before"]
+__all__ = ["Lists", "Outlines", "lists_of", "prefixes_of", "stretches_before"]
 
 
 def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ...]]) -> dict[Guide, Prefix]:
@@ -29,23 +29,56 @@ def prefixes_of(engine: Engine, step: Step, guides: Mapping[Guide, tuple[int, ..
     Args:
         guides: branches, with the numbers of the seats that act in each beside those of "cond".
     """
-    family, model, found = engine.family, engine.model, {}
-    lists = lists_of(family, model, engine.layers)
-    hindered: dict[tuple[Stretch, ...], str] = {}
+    found = {}
+    hindered: dict[tuple[str, ...], str] = {}
     for guide, seats in guides.items():
         opening = [engine.stack.seats[number] for number in seats if engine.stack.seats[number].control.guide == guide]
         tell = partial(_tell, [seat.plans for seat in opening])
         first = _parting(engine, step, seats)
-        stretches = stretches_before(first, lists, family, model) if guide.replay else ()
-        reason = "" if stretches else f"{first.name} is in the first block" if guide.replay else "replay=False"
-        if stretches and stretches not in hindered:
-            hindered[stretches] = _obstacle(engine.tap, [name for one in stretches for name in one.blocks])
-        if reason := reason or hindered[stretches]:
-            stretches = ()
-        blocks = tuple(f"{name}." for one in stretches for name in one.blocks)
-        layers = frozenset(layer.name for layer in engine.layers if layer.name.startswith(blocks))
-        found[guide] = Prefix(stretches, sum(map(len, lists.values())), reason, layers, tell)
+        outline = engine.outlines.before(first)
+        if not guide.replay:
+            reason = "replay=False"
+        elif not outline.stretches:
+            reason = f"{first.name} is in the first block"
+        else:
+            if outline.blocks not in hindered:
+                hindered[outline.blocks] = _obstacle(engine.tap, outline.blocks)
+            reason = hindered[outline.blocks]
+        outline = outline if not reason else Outline()
+        found[guide] = Prefix(outline.stretches, engine.outlines.blocks, reason, outline.layers, tell)
     return found
+
+
+class Outline(NamedTuple):
+    """What stands before a layer: as stretches, the names of their blocks, and those of the layers in them."""
+
+    stretches: tuple[Stretch, ...] = ()
+    blocks: tuple[str, ...] = ()
+    layers: frozenset[str] = frozenset()
+
+
+class Outlines:
+    """What stands before each layer of a model, found once: an engine's layers are those that it began with.
+
+    Attributes:
+        blocks: how many the model has.
+    """
+
+    def __init__(self, family: Family, model: nn.Module, layers: Sequence[Layer]) -> None:
+        self._family, self._model, self._layers = family, model, layers
+        self._lists = lists_of(family, model, layers)
+        self._found: dict[str, Outline] = {}
+        self.blocks = sum(map(len, self._lists.values()))
+
+    def before(self, layer: Layer) -> Outline:
+        """Of one of the model's layers."""
+        if layer.name not in self._found:
+            stretches = stretches_before(layer, self._lists, self._family, self._model)
+            blocks = tuple(name for one in stretches for name in one.blocks)
+            inside = tuple(f"{name}." for name in blocks)
+            layers = frozenset(one.name for one in self._layers if one.name.startswith(inside))
+            self._found[layer.name] = Outline(stretches, blocks, layers)
+        return self._found[layer.name]
 
 
 def _tell(plans: Sequence[set[str]], text: str) -> None:
@@ -102,18 +135,35 @@ def stretches_before(layer: Layer, lists: Lists, family: Family, model: nn.Modul
 
 def _obstacle(tap: Tap, blocks: Sequence[str]) -> str:
     """Why these blocks must run in every forward; "" where they may be left out."""
-    if is_compiled(tap.model) or tap.root is not tap.model:
+    # asked at every step, as all of it may change between two: most modules have nothing, and are walked over once
+    marked = [module for module in within(tap.model) if _is_marked(module)]
+    if is_compiled(tap.model, marked) or tap.root is not tap.model:
         return "the model or its blocks are compiled"
-    if tap.has_caches():
+    if tap.has_caches(marked):
         return "a cache on the model counts its blocks"
-    for name in blocks:
-        for module in within(tap.model.get_submodule(name)):
-            called = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(hook not in (open_scope, close_scope) for hook in called):
-                return f"{name} has forward hooks, which would not be called"
-            if any(map(_loads_others, hooks_of(module))):
-                return f"{name} loads the weights of other blocks as well"
+    hooked = {id(module) for module in marked if _has_hooks(module)}
+    loading = {id(module) for module in marked if any(map(_loads_others, hooks_of(module)))}
+    for name in blocks if hooked or loading else ():
+        inside = {id(module) for module in within(tap.model.get_submodule(name))}
+        if inside & hooked:
+            return f"{name} has forward hooks, which would not be called"
+        if inside & loading:
+            return f"{name} loads the weights of other blocks as well"
     return ""
+
+
+def _is_marked(module: nn.Module) -> bool:
+    """Somebody put something around it."""
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or "_diffusers_hook" in own or module._compiled_call_impl
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Forward hooks that are not those of controls."""
+    called = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(hook not in (open_scope, close_scope) for hook in called)
 
 
 def _loads_others(hook: Any) -> bool:

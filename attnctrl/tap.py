@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from itertools import chain
@@ -34,9 +34,10 @@ def execution_device(model: nn.Module, tensor: Tensor) -> torch.device:
     return tensor.device if device is None else torch.device(device)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """The model is being traced, or it or one of its blocks was compiled in place."""
-    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in within(model))
+def is_compiled(model: nn.Module, parts: Iterable[nn.Module] | None = None) -> bool:
+    """The model is being traced, or it or a block was compiled in place; `parts` are all modules that may have been."""
+    parts = within(model) if parts is None else parts
+    return torch.compiler.is_compiling() or any(part._compiled_call_impl for part in parts)
 
 
 def check_model(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -212,9 +213,10 @@ class Tap:
             layer for layer in self.layers if layer.module._attnctrl is not None and not layer.module._attnctrl_met
         )
 
-    def has_caches(self) -> bool:
-        """Hooks of diffusers on the model keep outputs of earlier steps."""
-        return any(hook._is_stateful for module in within(self.model) for hook in hooks_of(module))
+    def has_caches(self, parts: Iterable[nn.Module] | None = None) -> bool:
+        """Hooks of diffusers on the model keep outputs of earlier steps; `parts` are all modules that may have some."""
+        parts = within(self.model) if parts is None else parts
+        return any(hook._is_stateful for module in parts for hook in hooks_of(module))
 
     def shares_caches(self) -> bool:
         """What is kept of attention layers is not told apart by guidance branch."""

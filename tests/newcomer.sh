@@ -10,13 +10,13 @@
 # PYTHON       interpreter of new environments (python3)
 # STEPS        parts to run, in this order: clone demo wheel readme commands replay torchrun
 # VENV         environment with attnctrl in it, for the parts behind `wheel`; made by `wheel` if left out
-# SKIP         commands that are not run, "eval bench" if left out (minutes each); SKIP= runs all
+# SKIP         words of commands that are not run, "eval bench search" if left out (minutes each); SKIP= runs all
 # TORCH_INDEX  index that torch is taken from, as for make
 # WORK         folder to work in, kept; a temporary one, removed at the end, if left out
 set -euo pipefail
 
 repository=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)
-: "${PYTHON:=python3}" "${STEPS:=clone demo wheel readme commands replay torchrun}" "${TORCH_INDEX:=}" "${SKIP=eval bench}"
+: "${PYTHON:=python3}" "${STEPS:=clone demo wheel readme commands replay torchrun}" "${TORCH_INDEX:=}" "${SKIP=eval bench search}"
 if [[ -n ${VENV:-} ]]; then VENV=$(realpath -s "$VENV"); fi
 if [[ -z ${WORK:-} ]]; then
     WORK=$(mktemp -d)
@@ -71,6 +71,24 @@ examples_of() { # the lines that a command's help shows
     COLUMNS=400 NO_COLOR=1 "$VENV/bin/attnctrl" "$@" --help | sed -n '/^ *Examples\{0,1\}:/,/^╭/p' | sed -n 's/^ *\(attnctrl .*[^ ]\) *$/\1/p'
 }
 
+all_commands() { # with those of groups, such as "heads show"
+    "$VENV/bin/python" - <<'PYTHON'
+from typer.main import get_command
+
+from attnctrl.cli import app
+
+
+def tell(command, name=""):
+    for word, one in getattr(command, "commands", {}).items():
+        tell(one, f"{name} {word}".strip())
+    if not hasattr(command, "commands"):
+        print(name)
+
+
+tell(get_command(app))
+PYTHON
+}
+
 commands() {
     cd "$here"
     export PATH=$VENV/bin:$PATH
@@ -78,14 +96,19 @@ commands() {
     attnctrl generate examples/two_shapes.yaml -o out/ # pictures that examples name
     cp out/two_shapes-0.png photo.png
     cp out/two_shapes-0.png poster.png
-    local name line all
-    all=$("$VENV/bin/python" -c 'from typer.main import get_command as g; from attnctrl.cli import app; print(*g(app).commands)')
-    for name in $all; do
-        if [[ " $SKIP " == *" $name "* ]]; then continue; fi
-        mapfile -t lines < <(examples_of "$name")
-        if [[ $name == bench ]]; then mapfile -t lines < <(for one in execute idle compile inversion; do examples_of bench "$one"; done); fi
+    "$VENV/bin/python" -c "from attnctrl.headset import HeadSet; HeadSet(heads=[('joint:2', 0)]).save('heads.json')"
+    local name word line names lines
+    mapfile -t names < <(all_commands)
+    ((${#names[@]} > 10)) || fail "found ${#names[@]} commands"
+    for name in "${names[@]}"; do
+        for word in $name; do
+            if [[ " $SKIP " == *" $word "* ]]; then continue 2; fi
+        done
+        mapfile -t lines < <(examples_of $name)
         ((${#lines[@]})) || fail "attnctrl $name --help shows no example"
         for line in "${lines[@]}"; do
+            # the place of somebody's own model
+            if [[ $line == *owner/name* ]]; then continue; fi
             say "$line"
             bash -c "$line" >"$WORK/last.txt" || fail "$line"
         done

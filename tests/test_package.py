@@ -141,6 +141,25 @@ def test_importing_attnctrl_imports_nothing_heavy():
     assert python("-c", script).stdout == "[]\n"
 
 
+def test_only_the_toybox_and_the_command_line_know_the_toybox():
+    """Others import it where it is asked for, if at all."""
+    known = re.compile(r"^(?:from|import) +(?:attnctrl|\.*)\.?toybox\b", flags=re.MULTILINE)
+    rooms = [ROOT / "pipelines", *(one for one in (ROOT / "attnctrl").iterdir() if not one.is_symlink())]
+    files = [
+        path for room in rooms for path in (room.rglob("*.py") if room.is_dir() else [room]) if path.suffix == ".py"
+    ]
+    others = [path for path in files if not {"toybox", "cli"} & set(path.relative_to(ROOT).parts)]
+    assert len(others) > 150
+    assert not [str(path.relative_to(ROOT)) for path in others if known.search(path.read_text(encoding="utf-8"))]
+    told = (
+        "from attnctrl.toybox.world import x",
+        "from ..toybox.suite import x",
+        "from .toybox import x",
+        "import attnctrl.toybox",
+    )
+    assert all(map(known.search, told))
+
+
 def test_public_names_resolve():
     package = importlib.import_module("attnctrl")
     for name in package.__all__:

@@ -12,10 +12,10 @@ import guest_kinds
 import pytest
 import tiny
 import torch
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
 from harness import DOORS, FAMILIES, Setting, branches, flux, regions, sd3, traces, unet
 from table_outputs import CASES
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnctrl as ac
 from attnctrl.families import family_of
@@ -318,6 +318,43 @@ def test_guests(name: str) -> None:
         out, full, (told,) = pair(setting, layers="single:1")
         assert torch.equal(out, full)
     assert re.match(expected, told), told
+
+
+@torch.no_grad()
+def test_what_changes_between_steps_is_seen() -> None:
+    """A hook that comes, one on a part that comes, a cache: the next step runs in full; it replays when they are gone."""
+    setting = flux()
+    model = setting.model
+    first = blocks_of(model)[0]
+
+    def runs() -> int:
+        with computed(model) as ran, model.cache_context("cond"):
+            setting.run()
+        return ran.count(first)
+
+    def hooked(module: nn.Module) -> Any:
+        return module.register_forward_hook(lambda *_: called.append(1)).remove
+
+    def late() -> Any:
+        block = model.get_submodule(first)
+        block.add_module("late", nn.Identity())
+        hooked(block.late)
+        return lambda: delattr(block, "late")
+
+    called: list[int] = []
+    with ac.attach(model, ac.Perturb("uniform", layers="single:1"), branches=branches(model)) as handle:
+        assert runs() == 1
+        for change, times in ((lambda: hooked(model.get_submodule(first)), 2), (late, 2)):
+            undo = change()
+            assert (runs(), len(called)) == (2, times)
+            undo()
+            assert runs() == 1
+        # with it, blocks are called otherwise than by their classes
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+        runs()
+        model.disable_cache()
+    told = " ".join(line for one in handle.report().controls for line in one.plans)
+    assert all(reason in told for reason in ("replayed 3", f"{first} has forward hooks", "a cache on the model"))
 
 
 @torch.no_grad()
