@@ -32,7 +32,8 @@ from .schedule import Moment
 from .select import Layer
 from .stack import Acts, Presence, Stack, placed
 from .tables import Tables
-from .tap import Tap, check_model, execution_device, is_compiled
+from .tap import Tap
+from .tappable import check_model, execution_device, is_compiled
 from .texts import Texts
 from .watch import watched
 from .wraps import Wraps

@@ -27,7 +27,7 @@ from .region import Grid, Region
 from .schedule import Moment
 from .select import Layer, describe
 from .stack import Stack
-from .tap import stand_in_notes
+from .tappable import stand_in_notes
 from .variants import Line, Variant
 
 __all__ = ["Explanation", "explain", "grid_of"]

@@ -40,7 +40,7 @@ class Norms:
         Raises:
             UnsupportedModelError: the model has no GroupNorms, or it is compiled.
         """
-        from .tap import is_compiled
+        from .tappable import is_compiled
 
         if not rows:
             return

@@ -15,7 +15,8 @@ from .increments import Guide
 from .kernels import close_scope, open_scope
 from .replay import Prefix, Stretch, within
 from .select import Layer
-from .tap import Tap, hooks_of, is_compiled
+from .tap import Tap
+from .tappable import hooks_of, is_compiled
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -21,7 +21,7 @@ from .entry import Entry
 from .errors import SilentControlError, UnsupportedModelError
 from .kernels import close_scope, open_scope
 from .select import select
-from .tap import check_model, stand_in
+from .tappable import check_model, stand_in
 
 __all__ = [
     "ControlledAttnProcessor",

@@ -10,7 +10,7 @@ from typing import Any
 from .errors import ControlError
 from .schedule import window_to_json
 from .select import Layer, describe
-from .tap import stand_in_notes
+from .tappable import stand_in_notes
 
 __all__ = ["ControlReport", "Report", "report", "report_of"]
 

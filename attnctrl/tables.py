@@ -50,7 +50,7 @@ class Tables:
             UnsupportedModelError: the model adds no table, or it is compiled.
             ControlError: as of `exchanges`.
         """
-        from .tap import is_compiled
+        from .tappable import is_compiled
 
         if not any(stack.seats[n].control.exchanges for one in variants for n in one.active):
             return

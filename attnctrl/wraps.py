@@ -21,7 +21,7 @@ from .reuse import Kept, Part
 from .schedule import Moment
 from .select import Layer
 from .standin import standing_in
-from .tap import is_compiled
+from .tappable import is_compiled
 
 if TYPE_CHECKING:
     from .families import Family

@@ -19,7 +19,7 @@ from ..families import family_of
 from ..headset import HeadSet, Kind, number_of_heads
 from ..schedule import Sigma, active_steps
 from ..select import Layer, Selector, select
-from ..tap import is_compiled
+from ..tappable import is_compiled
 from .meter import Cost, Meter
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import attnctrl as ac
 from attnctrl.execute import Host
-from attnctrl.tap import is_compiled
+from attnctrl.tappable import is_compiled
 
 slow = pytest.mark.slow
 
