@@ -82,6 +82,10 @@ def test_a_search_writes_a_set_that_works(folder: Path, bright: list[int], call:
     heads = HeadSet.load(out)
     assert [(one["layer"], one["head"]) for one in result["heads"]] == list(heads.heads)
     assert len(heads.heads) == 2
+    gains = {one["layer"]: one["gains"] for one in result["rows"]}
+    best = max((gain, layer, head) for layer, row in gains.items() for head, gain in enumerate(row))
+    assert best[1:] == heads.heads[0]
+    assert best[0] == result["heads"][0]["delta"]
     assert heads.search.objectives == {"scores_of_mine:bright": 1.0}
     assert (heads.search.pairs, heads.search.settings["steps"], heads.window) == (2, 2, (0.5, 1.0))
     assert [row["name"] for row in result["confirm"]["rows"]][:3] == ["none", "first 1", "first 2"]

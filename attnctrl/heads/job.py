@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from .sampler import Pair, PipelineSampler
 from .scores import Advance, Objective, Scorer
 from .search import Plan, estimate, found_by
 
-__all__ = ["Job", "load_sampler", "read_prompts", "scores_of"]
+__all__ = ["Job", "gains_of", "load_sampler", "read_prompts", "scores_of"]
 
 MAX_PROMPT_BYTES = 1024 * 1024
 
@@ -120,7 +121,11 @@ class Job:
         """
         scorer = Scorer(self.sampler, self.objectives, self.scores, self.budget, advance)
         found = found_by(scorer, self.plan)
-        told: dict[str, Any] = {"heads": scores_of(found), "output": str(found.save(self.output))}
+        told: dict[str, Any] = {
+            "heads": scores_of(found),
+            "rows": gains_of(found),
+            "output": str(found.save(self.output)),
+        }
         if self.held:
             layer = best_layer(scorer, found, self.plan.pairs)
             name = f"all of {layer.heads[0][0]}, u = {layer.strongest:g}"
@@ -147,6 +152,16 @@ def scores_of(heads: HeadSet) -> list[dict[str, Any]]:
             row |= {"round": number, "mean": score.mean, "delta": score.delta, "error": score.error}
         rows.append(row)
     return rows
+
+
+def gains_of(heads: HeadSet) -> list[dict[str, Any]]:
+    """By layer, what each of its heads alone came to in the first round; null for those that were no candidates."""
+    rounds = heads.search.rounds if heads.search is not None else ()
+    known = {score.head: score.delta for score in rounds[0].scores} if rounds else {}
+    layers: dict[str, int] = {}
+    for layer, head in sorted(known, key=lambda one: (re.sub(r"\d+", lambda n: n[0].zfill(6), one[0]), one[1])):
+        layers[layer] = head + 1
+    return [{"layer": layer, "gains": [known.get((layer, n)) for n in range(count)]} for layer, count in layers.items()]
 
 
 def _price(sampler: PipelineSampler, sets: Sequence[HeadSet]) -> int:

@@ -44,7 +44,7 @@ RATIOS = {
     "of_unmasked": ("ours_s", "unmasked_s"),
     "of_mask": ("peak_bytes", "mask_bytes"),
 }
-NAMES = ("case", "method", "family", "door", "steps")
+NAMES = ("case", "method", "family", "door", "steps", "layer", "name")
 """Columns that tell the rows of a measurement apart."""
 SUMMARIES = {"min": min, "max": max, "median": statistics.median}
 
@@ -65,7 +65,8 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, entry in found.get("metrics", {}).items():
         low, high = entry["ci95"] or (None, None)
         told[name] = {**entry, "low": low, "high": high}
-    rows = [_row(one) for one in (*found.get("rows", ()), *found.get("sharing", ()))]
+    listed = (found.get("rows", ()), found.get("sharing", ()), found.get("confirm", {}).get("rows", ()))
+    rows = [_row(one) for some in listed for one in some]
     for row in rows:
         told[re.sub(r"\W+", "_", " ".join(str(row[name]) for name in NAMES if name in row))] = row
     methods = sorted({row["method"] for row in rows if "method" in row})
@@ -108,7 +109,7 @@ def stored(folder: Path) -> Figures:
 
 def _filled(form: str, entry: Mapping[str, Any]) -> str | None:
     """The format with what it names; nothing if that was not measured."""
-    names = [name for _, name, _, _ in string.Formatter().parse(form) if name]
+    names = [name.partition("[")[0] for _, name, _, _ in string.Formatter().parse(form) if name]
     return form.format(**entry) if all(entry.get(name) is not None for name in names) else None
 
 
