@@ -178,7 +178,6 @@ def guidance(families: Mapping[str, str]) -> Table:
         "binding": "`binding`",
         "prompt_fidelity": "`prompt_fidelity`",
         "saturation": "`saturation` off by",
-        "style": "`style` as told",
         "frechet": "`frechet`",
         "diversity": "`diversity`",
     }
@@ -188,13 +187,25 @@ def guidance(families: Mapping[str, str]) -> Table:
         for label, prefix, form, time in (
             ("no guidance", "", PLAIN, "{vanilla:.0f}"),
             (f"{told['kind']}, `{told['layers']}`, w = {told['scale']:g}", "", HELD, "{controlled:.2f}"),
-            (f"the same until {EARLY[1]:.0%} of the way", "early.", HELD, "{controlled:.2f}"),
             ("the model's own guidance", "cfg.", HELD, "{controlled:.2f}"),
             ("both", "cfg_and_perturbed.", HELD, "{controlled:.2f}"),
         ):
             cells = [(f"guidance-{model}", prefix + metric, form) for metric in metrics]
             rows.append((f"{model}, {label}", *cells, (f"guidance-{model}", prefix + "time_ratio", time)))
     return Table(("pictures", *metrics.values(), "time"), rows)
+
+
+def early(model: str) -> Table:
+    """A branch that acts throughout, and one that ends early."""
+    metrics = ("binding", "style", "frechet")
+    ways = (("no guidance", "", PLAIN), ("throughout", "", HELD), (f"until {EARLY[1]:.0%} of the way", "early.", HELD))
+    return Table(
+        (model, *(f"`{metric}`" for metric in metrics)),
+        [
+            (label, *((f"guidance-{model}", prefix + metric, form) for metric in metrics))
+            for label, prefix, form in ways
+        ],
+    )
 
 
 def inversion(model: str, steps: Sequence[int]) -> Table:
@@ -255,6 +266,7 @@ TABLES: Mapping[str, Table | Each] = {
     ),
     "commands": Each(("file", "command"), "commands", ("`results/{file}`", "`{command}`")),
     "guidance": guidance({"toy-sd": "unet", "toy-sd3": "sd3", "toy-flux": "flux"}),
+    "early": early("toy-sd3"),
     "style toy-flux": style("toy-flux", STYLE),
     "style toy-sd3": style("toy-sd3", {"keys shared (`match=()`): the default on SD3": ""}),
     "inversion": inversion("toy-flux", (10, 20, 40, 160)),
