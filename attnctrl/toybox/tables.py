@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .suites_guidance import CHOSEN, EARLY
+from .suites_guidance import CHOSEN
 
 Cell = str | tuple[str, str, str]
 
@@ -195,19 +195,6 @@ def guidance(families: Mapping[str, str]) -> Table:
     return Table(("pictures", *metrics.values(), "time"), rows)
 
 
-def early(model: str) -> Table:
-    """A branch that acts throughout, and one that ends early."""
-    metrics = ("binding", "style", "frechet")
-    ways = (("no guidance", "", PLAIN), ("throughout", "", HELD), (f"until {EARLY[1]:.0%} of the way", "early.", HELD))
-    return Table(
-        (model, *(f"`{metric}`" for metric in metrics)),
-        [
-            (label, *((f"guidance-{model}", prefix + metric, form) for metric in metrics))
-            for label, prefix, form in ways
-        ],
-    )
-
-
 def inversion(model: str, steps: Sequence[int]) -> Table:
     """Methods down, counts of steps across: median and least PSNR."""
     return Table(
@@ -266,7 +253,11 @@ TABLES: Mapping[str, Table | Each] = {
     ),
     "commands": Each(("file", "command"), "commands", ("`results/{file}`", "`{command}`")),
     "guidance": guidance({"toy-sd": "unet", "toy-sd3": "sd3", "toy-flux": "flux"}),
-    "early": early("toy-sd3"),
+    "heads": Each(
+        ("layer", *(f"head {number}" for number in range(5))),
+        "heads-toy-sd3",
+        ("`{layer}`", *(f"{{gains[{number}]:+.3f}}" for number in range(5))),
+    ),
     "style toy-flux": style("toy-flux", STYLE),
     "style toy-sd3": style("toy-sd3", {"keys shared (`match=()`): the default on SD3": ""}),
     "inversion": inversion("toy-flux", (10, 20, 40, 160)),
