@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from attnctrl.region import Region
     from attnctrl.select import Selector
 
-__all__ = ["Rehearsal", "Story"]
+__all__ = ["Rehearsal", "Story", "told_in"]
+
+
+def told_in(record: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """What a picture's record tells of its story, with these keys too. Raises `ControlError` where it is of none."""
+    told = record.get("story")
+    if not isinstance(told, Mapping) or not {"cast", "preset", "options", "reading", *keys} <= set(told):
+        raise ControlError("The record is not that of a picture of a story; draw it with ScenePipeline.")
+    return told
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +81,7 @@ class Story:
         Raises:
             ControlError: the record is not one of a story.
         """
-        told = record.get("story")
-        if not isinstance(told, Mapping) or not {"cast", "preset", "options", "reading", "anchors"} <= set(told):
-            raise ControlError("The record is not that of a picture of a story; draw it with ScenePipeline.")
+        told = told_in(record, "anchors")
         reading = told["reading"] and (told["reading"][0], window_from_json(told["reading"][1]))
         cast = tuple(Character(**one) for one in told["cast"])
         first = Rehearsal(cast, (), (Scene.from_dict(record["scene"]),), (), (), reading)

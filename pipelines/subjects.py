@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
 from attnctrl.pipelines.cast import Character, Shot, resolve, told_by
 from attnctrl.pipelines.settings import keys_of
-from attnctrl.pipelines.story import Rehearsal, Story
+from attnctrl.pipelines.story import Rehearsal, Story, told_in
 
 from attnctrl.controls.reposition import UnmovedWarning
 from attnctrl.errors import ControlError
@@ -240,9 +240,7 @@ class MultiSubjectPipeline(Wrapper):
         """
         from attnctrl.pipelines.castbank import same_bank
 
-        told = record.get("story")
-        if not isinstance(told, Mapping) or not {"cast", "shots", "preset", "options", "reading", "shot"} <= set(told):
-            raise ControlError("The record is not that of a picture of a story; draw it with ScenePipeline.")
+        told = told_in(record, "shots", "shot")
         if told["reading"] is None:
             raise ControlError(
                 "A segmenter found the characters of this story, and no record holds it. Rehearse with segment=... and "

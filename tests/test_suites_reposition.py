@@ -86,7 +86,7 @@ def test_a_table_is_a_way_where_there_is_one():
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_pipes.sd, tiny_pipes.sd3])
 def test_first_pictures_are_the_plain_ones_and_others_are_not(make):
-    runner = Runner(make(), size=(32, 32), steps=1, batch=4)
+    runner = Runner(make(), size=(32, 32), steps=3, batch=4)
     task, seed = suite.REPOSITION.task("test", 0)
     wanted = suite.pictures(task, seed)
     plain = runner.draw([one.prompt for one in wanted], [one.seed for one in wanted])
@@ -95,8 +95,11 @@ def test_first_pictures_are_the_plain_ones_and_others_are_not(make):
         told = []
         drawn = draw(runner, wanted, told.append)
         assert len(drawn) == sum(told) == 5
-        assert np.array_equal(drawn[0], plain[0])
-        assert all(not np.array_equal(a, b) for a, b in zip(drawn[1:], plain[1:], strict=True))
+        first, *others = (np.abs(a.astype(int) - b) for a, b in zip(drawn, plain, strict=True))
+        # another batch size rounds otherwise: a value or two may fall on the other side of a level
+        assert first.max() <= 1
+        assert (first > 0).sum() <= 3
+        assert all((other > 0).sum() > 20 for other in others)
     # nothing is read: what is kept are the pictures that were asked for, not the canvases' rows
     unread = suite.on_canvas(runner, wanted, strength=0.0)
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(unread, plain, strict=True)) <= 1

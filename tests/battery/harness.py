@@ -180,6 +180,11 @@ class Kernel:
         parts = (x.double().transpose(1, 2) for x in (self.query, self.key, self.value))
         return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2)
 
+    def error(self, expected: Tensor) -> float:
+        """How far the output is from what was expected of it, in units of the largest value (at least 1): attention
+        averages values, and float32 rounds them by their size."""
+        return float((expected - self.out).abs().max() / self.value.double().abs().max().clamp(min=1))
+
 
 _TRANSFORMERS = "diffusers.models.transformers."
 
