@@ -36,6 +36,7 @@ fail() {
 differ() { cmp -s "$1" "$2" || fail "$1 and $2 differ"; }
 
 clone() {
+    rm -rf "$clone" # of an earlier run in a kept WORK
     git clone --quiet --no-hardlinks "$repository" "$clone"
     mkdir -p "$here"
     ln -sfn "$clone/examples" "$here/examples"
