@@ -15,7 +15,7 @@ from typing import Any
 from .attach import parts_of
 from .controls import Control, GroupIsolation, Isolate, OpenTexts, RegionModulation, Regions, ShareStyle
 from .controls.base import scenes_of
-from .controls.lamic import Hubs
+from .controls.lamic import Ground, Hubs
 from .errors import ControlError
 from .families import family_of
 from .presets_sets import SETS, diffuhaul
@@ -42,14 +42,25 @@ __all__ = [
 
 
 def layout(
-    regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 0.5), reference_weight: float = 1.0
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    window: Window = (0.0, 0.5),
+    reference_weight: float = 1.0,
+    ground: Ground = "open",
 ) -> list[Control]:
     """Ours: each region reads its own text; regions do not see each other in the first half, the background sees all.
 
-    Isolation that never ends leaves seams (measured on the embedded models).
+    Isolation that never ends leaves seams, and subjects whose edges read nothing of them lose their shape (measured on
+    the embedded models).
+
+    Args:
+        ground: whether the background reads texts of regions that are words of the prompt, see `GroupIsolation`.
     """
-    isolate = Isolate(window=window, background="shared")
-    return [isolate, *texts(regions, overlap=overlap, reference_weight=reference_weight)]
+    scenes = scenes_of(regions, "regions")
+    appended = any(scene and not _is_worded(scene) for scene in scenes)
+    isolate = Isolate(window=window, background="shared", text=appended)
+    return [isolate, *texts(regions, overlap=overlap, reference_weight=reference_weight, ground=ground)]
 
 
 def references(
@@ -65,7 +76,12 @@ def references(
 
 
 def texts(
-    regions: Any, *, overlap: Overlap = "union", window: Window = (0.0, 1.0), reference_weight: float = 1.0
+    regions: Any,
+    *,
+    overlap: Overlap = "union",
+    window: Window = (0.0, 1.0),
+    reference_weight: float = 1.0,
+    ground: Ground = "parted",
 ) -> list[Control]:
     """Ours: each region reads its own text, and nothing else is parted.
 
@@ -74,14 +90,19 @@ def texts(
     read alone (`Regions`).
     """
     scenes = scenes_of(regions, "regions")
-    worded = [any(region.spans for region in scene) for scene in scenes]
+    told: dict[str, Any] = {"overlap": overlap, "window": window, "reference_weight": reference_weight}
     stack: list[Control] = []
-    for kind, wanted in ((GroupIsolation, True), (Regions, False)):
-        mine = [scene if told == wanted else () for scene, told in zip(scenes, worded, strict=True)]
+    kinds: list[tuple[Any, bool, dict[str, Any]]] = [(GroupIsolation, True, {"ground": ground}), (Regions, False, {})]
+    for kind, worded, own in kinds:
+        mine = [scene if _is_worded(scene) == worded else () for scene in scenes]
         if any(mine):
-            regions = mine if len(mine) > 1 else mine[0]
-            stack.append(kind(regions, overlap=overlap, window=window, reference_weight=reference_weight))
+            stack.append(kind(mine if len(mine) > 1 else mine[0], **told, **own))
     return stack or [Regions()]
+
+
+def _is_worded(scene: Sequence[Region]) -> bool:
+    """Texts of regions are words of the prompt."""
+    return any(region.spans for region in scene)
 
 
 def lamic(regions: Any, *, overlap: Overlap = "union", words: Any = (), window: Window = (0.0, 0.05)) -> list[Control]:

@@ -18,8 +18,9 @@ from ..rules import Rules
 from ..schedule import Window
 from .grouped import Grouped
 
-__all__ = ["GroupIsolation", "Hubs", "RegionModulation"]
+__all__ = ["Ground", "GroupIsolation", "Hubs", "RegionModulation"]
 
+Ground = Literal["parted", "open"]
 Hubs = Literal["relay", "source", "private", "drop"]
 
 GIA = Rules.parse("""
@@ -76,6 +77,9 @@ class GroupIsolation(Grouped):
         words: tokens [start, stop) of the prompt that are no padding, or a list of them for each sample; () takes all
             tokens for words. "private" needs them.
         hubs: what prompt and padding may carry.
+        ground: "parted" is the paper; with "open", texts of regions and image tokens of no region see each other in
+            joint attention (S and U): what spills over a region's edge knows what it belongs to. In cross
+            attention it would be drawn there, so there they stay parted.
         table: another table, in the form that `attnctrl.rules.Rules.parse` reads.
     """
 
@@ -85,11 +89,13 @@ class GroupIsolation(Grouped):
 
     words: Sequence[Span] | Sequence[Sequence[Span]] = ()
     hubs: Hubs = "relay"
+    ground: Ground = "parted"
     table: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("hubs", Hubs)
+        self._check_choice("ground", Ground)
         object.__setattr__(self, "words", _spans(self.words, self.name))
         if self.table:
             Rules.parse(self.table)
@@ -110,7 +116,9 @@ class GroupIsolation(Grouped):
         return self.words  # type: ignore[return-value]
 
     def rules(self, situation: Situation) -> Rules:
-        return (Rules.parse(self.table) if self.table else GIA).with_marks("0", *_CUT[self.hubs])
+        rules = (Rules.parse(self.table) if self.table else GIA).with_marks("0", *_CUT[self.hubs])
+        opened = self.ground == "open" and "image" in situation.frame.keys
+        return rules.with_marks("1", "SU", "US") if opened else rules
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from harness import Setting, dense, probe, regions
+from harness import Setting, dense, probe, regions, unet
 from setting import Kinds
 from torch import Tensor
 
@@ -96,7 +97,33 @@ def test_the_papers_tables_hold_in_every_layer(phase: str, hubs: str) -> None:
         setting.run()
     assert len(calls) == 4
     for call in calls:
-        assert (call.out - dense(call.query, call.key, call.value, (expected, None))).abs().max() < 1e-5
+        assert call.error(dense(call.query, call.key, call.value, (expected, None))) < 1e-5
+
+
+@pytest.mark.parametrize("phase", "AB")
+def test_an_open_ground_and_the_texts_of_regions_see_each_other(phase: str) -> None:
+    setting, scene = flux(), worded()
+    tokens = sequence(setting, scene)
+    expected = truth(tokens, phase, "relay")
+    for i, (q, _) in enumerate(tokens):
+        for j, (k, _) in enumerate(tokens):
+            if {q, k} == {"S", "U"}:
+                assert not expected[i, j]
+                expected[i, j] = 1
+    opened = [replace(stack(scene, phase)[0], ground="open"), *stack(scene, phase)[1:]]
+    with ac.attach(setting.model, opened), probe() as calls:
+        setting.run()
+    for call in calls:
+        assert call.error(dense(call.query, call.key, call.value, (expected, None))) < 1e-5
+
+
+def test_in_cross_attention_the_ground_stays_parted() -> None:
+    setting, scene = unet(), [replace(one, prompt="", spans=((r, r + 1),)) for r, one in enumerate(regions())]
+    outputs = []
+    for ground in ("parted", "open"):
+        with ac.attach(setting.model, ac.GroupIsolation(scene, ground=ground), branches=("cond",)):
+            outputs.append(setting.run())
+    assert torch.equal(*outputs)
 
 
 def test_one_entity_on_the_whole_canvas_is_vanilla() -> None:
@@ -289,8 +316,8 @@ def test_words_belong_to_their_sample() -> None:
 
 
 def test_controls_with_words_survive_json() -> None:
-    control = ac.GroupIsolation(worded(), words=WORDS, hubs="source", table=str(GIA))
+    control = ac.GroupIsolation(worded(), words=WORDS, hubs="source", ground="open", table=str(GIA))
     back = ac.Control.from_dict(control.to_dict())
     assert back.to_dict() == control.to_dict()
     assert [one.spans for one in back.regions] == [one.spans for one in worded()]
-    assert back.words == WORDS
+    assert (back.words, back.ground) == (WORDS, "open")

@@ -71,6 +71,20 @@ def test_the_first_step_follows_the_papers_tables(case: str) -> None:
         assert (call.out - dense(call.query, call.key, call.value, *passes)).abs().max() < 1e-5
 
 
+def test_layouts_leave_words_of_the_prompt_to_group_isolation() -> None:
+    """The ground reads them in joint attention, and nothing else parts them; appended texts are parted from the rest."""
+    appended = regions()
+    worded = [replace(one, prompt_embeds=None, spans=((2 * r, 2 * r + 1),)) for r, one in enumerate(appended)]
+    isolate, own = ac.preset("layout", worded)
+    assert (isolate.text, own.name, own.ground, own.window) == (False, "group_isolation", "open", (0.0, 1.0))
+    assert ac.preset("layout", worded, ground="parted")[1].ground == "parted"
+    assert ac.preset("texts", worded)[0].ground == "parted"
+    assert ac.preset("layout", appended)[0].text
+    isolate, *own = ac.preset("layout", [worded, appended, []])
+    assert isolate.text
+    assert [[len(scene) for scene in one.scenes] for one in own] == [[3, 0, 0], [0, 3, 0]]
+
+
 def always(control: Any) -> Any:
     """The control at all steps, the same at each: a bare model has no first one."""
     flat = {"last": control.first} if isinstance(control, ac.PlainQueries) else {}
