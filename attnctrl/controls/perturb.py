@@ -19,11 +19,11 @@ from ..call import Situation
 from ..errors import ControlError
 from ..execute import as_bias
 from ..headset import HeadSet, Kind, is_written_set
-from ..increments import Guide, RescaleMode
 from ..output import Executed
 from ..schedule import Window
 from ..select import Layer
-from .base import Branch, Control, Scenes, Unless, unless
+from .base import Scenes, Unless, unless
+from .guided import Guided
 
 __all__ = ["Block", "Heads", "Kind", "Perturb", "Rows"]
 
@@ -40,7 +40,7 @@ _MAPPED: tuple[Kind, ...] = ("max", "slerp")
 
 
 @dataclass(frozen=True, eq=False)
-class Perturb(Control):
+class Perturb(Guided):
     """Attention maps of the chosen layers are replaced, and the picture is led away from what that gives.
 
     The prompt's rows run through the model once more, in a branch "perturbed" in which these layers are perturbed, and
@@ -66,7 +66,7 @@ class Perturb(Control):
         temperature: of "temperature".
         scale: w of the branch; 0 is "not there".
         rescale, rescale_mode: in [0, 1], and what of; see `attnctrl.increments.Guide`.
-        replay: the branch takes what comes before its first perturbed layer from the prompt's forward, where it can.
+        replay: the branch takes what comes before its first layer from the prompt's forward, where it can.
     """
 
     name: ClassVar[str] = "perturb"
@@ -78,11 +78,7 @@ class Perturb(Control):
     sigma: float = field(default=2.0, kw_only=True)
     temperature: float = field(default=2.0, kw_only=True)
     scale: float = field(default=unless(3.0), kw_only=True)
-    rescale: float = field(default=0.0, kw_only=True)
-    rescale_mode: RescaleMode = field(default="partial", kw_only=True)
-    replay: bool = field(default=True, kw_only=True)
     window: Window = field(default=unless((0.0, 1.0)), kw_only=True)
-    branch: Branch = field(default="perturbed", kw_only=True)
     strength: float = field(default=unless(1.0), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -101,11 +97,10 @@ class Perturb(Control):
         elif self.heads is not None:
             object.__setattr__(self, "heads", _numbers(self.heads))  # type: ignore[arg-type]
         super().__post_init__()
-        for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block), ("rescale_mode", RescaleMode)):
+        for choice, known in (("kind", Kind), ("rows", Rows), ("block", Block)):
             self._check_choice(choice, known)
-        self._check_range("rescale", 0, 1)
-        for positive, low in (("scale", 0), ("sigma", 1e-3), ("temperature", 1e-3)):
-            self._check_range(positive, low, float("inf"), open_end=True)
+        for positive in ("sigma", "temperature"):
+            self._check_range(positive, 1e-3, float("inf"), open_end=True)
         if self.block == "within" and self.kind != "identity":
             raise ControlError(f"'{self.name}': block='within' is defined for kind='identity'; found {self.kind!r}.")
         if self.kind == "blur" and self.rows == "text":
@@ -150,17 +145,11 @@ class Perturb(Control):
             one.check_model(identity, layers)
 
     @property
-    def guide(self) -> Guide | None:
-        if self.branch != "perturbed":
-            return None
-        return Guide(self.scale, self.rescale, self.window, self.replay, self.rescale_mode)
-
-    @property
     def is_idle(self) -> bool:
         by_layer = self.heads.values() if isinstance(self.heads, Mapping) else [self.heads]
         told: list[Any] = [one.heads for one in self.sets] or list(by_layer)
         nowhere = self.heads is not None and not any(told)
-        return super().is_idle or nowhere or (self.branch == "perturbed" and self.scale == 0)
+        return super().is_idle or nowhere
 
     def output(self, situation: Situation, own: frozenset[int], layer: Layer) -> Perturbation | None:
         heads, strength = self._acting(layer, situation.line.scene)

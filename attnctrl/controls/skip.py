@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ControlError, UnsupportedModelError
-from ..increments import Guide, RescaleMode
 from ..schedule import Window
 from ..wraps import Now, Site, Wrap
-from .base import Branch, Control
+from .guided import Guided
 
 __all__ = ["Skip", "What"]
 
@@ -26,7 +25,7 @@ What = Literal["block", "attention"]
 
 
 @dataclass(frozen=True, eq=False)
-class Skip(Control):
+class Skip(Guided):
     """Blocks or their attention are left out, and the picture is led away from what that gives.
 
     As with `Perturb` the prompt's rows run through the model once more, in a branch "perturbed", and guided =
@@ -41,8 +40,7 @@ class Skip(Control):
             the block, and of a dual block its other attention, stays: STG.
         layers: attention layers by which the blocks are named; there is no default.
         strength: 0 or 1.
-        scale: w of the branch; 0 is "not there". Defaults of scale and window are those of SD3.5-Medium, whose layers
-            are "joint:7-9".
+        scale, window: of the branch; defaults are those of SD3.5-Medium, whose layers are "joint:7-9".
         rescale, rescale_mode: in [0, 1], and what of; see `attnctrl.increments.Guide`.
         replay: the branch takes what comes before its first layer from the prompt's forward, where it can.
     """
@@ -52,18 +50,11 @@ class Skip(Control):
 
     what: What = "block"
     scale: float = field(default=2.8, kw_only=True)
-    rescale: float = field(default=0.0, kw_only=True)
-    rescale_mode: RescaleMode = field(default="partial", kw_only=True)
-    replay: bool = field(default=True, kw_only=True)
     window: Window = field(default=(0.01, 0.2), kw_only=True)
-    branch: Branch = field(default="perturbed", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("what", What)
-        self._check_choice("rescale_mode", RescaleMode)
-        self._check_range("rescale", 0, 1)
-        self._check_range("scale", 0, float("inf"), open_end=True)
         if self.strength not in (0, 1):
             raise ControlError(
                 f"'{self.name}': a layer is left out or it is not, so strength is 0 or 1; found {self.strength}. "
@@ -71,16 +62,6 @@ class Skip(Control):
             )
         if self.layers is None:
             raise ControlError(f"'{self.name}' needs layers: which ones are left out, such as layers='joint:7-9'.")
-
-    @property
-    def guide(self) -> Guide | None:
-        if self.branch != "perturbed":
-            return None
-        return Guide(self.scale, self.rescale, self.window, self.replay, self.rescale_mode)
-
-    @property
-    def is_idle(self) -> bool:
-        return super().is_idle or (self.branch == "perturbed" and self.scale == 0)
 
     def wrap(self, site: Site, now: Now) -> Wrap:
         if self.what == "block":
