@@ -12,9 +12,7 @@ import binascii
 import hashlib
 import io
 import json
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from attnctrl.scenefile import FileRefused, Problem, SceneFolder, SceneMemory, r
 
 KEY = "attnctrl"
 FORMAT = 1
-LIBRARIES = ("attnctrl", "torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 MAX_EMBEDDED_BYTES = 4 * 1024 * 1024  # a larger file is recorded by its digest only,
 MAX_EMBEDDED_TOTAL = 16 * 1024 * 1024  # and so are those that would bring all of them above this
 MAX_PNG_BYTES = 256 * 1024 * 1024
@@ -34,19 +31,6 @@ _SAMPLE = 1024 * 1024
 _WEIGHTS = (".safetensors",)
 _CONFIGS = (".json", ".txt", ".model")
 _IGNORED = ("attnctrl.json",)  # its values are in the scene of the record
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, attnctrl and the libraries that shape a picture."""
-    return {"python": platform.python_version(), **{name: version_of(name) for name in LIBRARIES}}
-
-
-def version_of(package: str) -> str:
-    """Installed version of `package`, 'not installed' without one."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -21,9 +21,9 @@ import attnctrl as ac
 from attnctrl.call import Act, Row
 from attnctrl.families.flux import FLUX
 from attnctrl.layout import Measures
-from attnctrl.provenance import versions
 from attnctrl.schedule import Moment
 from attnctrl.stack import Stack
+from attnctrl.versions import versions
 
 Box = tuple[float, float, float, float]
 

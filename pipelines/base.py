@@ -17,6 +17,7 @@ from attnctrl.pipelines.setup import Setup
 from attnctrl import files, provenance
 from attnctrl.errors import LayoutError, SceneError, UnsupportedModelError
 from attnctrl.scene import MAX_SEED, Scene, is_model_name
+from attnctrl.versions import versions
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +276,7 @@ class Wrapper:
             "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(scheduler)},
             "device": str(pipe._execution_device),
             "dtype": str(_denoiser(pipe).dtype).removeprefix("torch."),
-            "versions": provenance.versions(),
+            "versions": versions(),
             **({"setup": told} if (told := self.setup.record()) else {}),
         }
 

@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from attnctrl.pipelines import base
 from PIL import Image
 from shell import SCENE, SIZE, save_tiny
 
 from attnctrl import files, provenance
 from attnctrl.cli import run
+from attnctrl.versions import version_of
 
 COMMANDS = (
     "generate", "invert", "edit", "check", "demo", "maps", "eval", "bench execute", "bench idle", "bench inversion", "env",
@@ -58,7 +60,7 @@ def test_every_command_explains_itself_with_an_example(call, command):
 
 
 def test_version_is_data(call):
-    assert call("--version") == (0, provenance.version_of("attnctrl") + "\n", "")
+    assert call("--version") == (0, version_of("attnctrl") + "\n", "")
 
 
 def test_the_module_is_the_command():
@@ -155,7 +157,7 @@ def test_a_picture_makes_itself_again(call, folder, tmp_path, made):
 
 
 def test_what_differs_from_the_first_run_is_said(call, folder, tmp_path, made, monkeypatch):
-    monkeypatch.setattr(provenance, "versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(base, "versions", lambda: {"torch": "9.9"})
     code, _, err = call("generate", made / "pair-5.png", "-m", folder / "tiny", "-o", tmp_path)
     assert code == 0
     assert "versions.torch: " in err

@@ -11,10 +11,10 @@ import pytest
 import tiny_pipes
 from PIL import Image
 
-from attnctrl import provenance
 from attnctrl.attach import parts_of
 from attnctrl.toybox.models import flux
 from attnctrl.toybox.suite import Options
+from attnctrl.versions import versions
 
 RESULT = {
     "suite": "layout", "model": "toy-flux", "n": 3, "seconds": 1.25,
@@ -47,7 +47,7 @@ def test_eval_prints_the_result_of_the_suite(call, suites):
     code, out, _ = call("eval", "layout", "--seeds", 3, "--format", "json")
     printed = json.loads(out)
     assert printed.pop("command") == "attnctrl eval layout --model toy-flux --seeds 3 --format json"
-    assert printed.pop("versions") == provenance.versions()
+    assert printed.pop("versions") == versions()
     assert (code, printed) == (0, RESULT)
     assert suites == [("toy-flux", 3, Options())]
     code, out, _ = call("eval", "layout", "-m", "other")
@@ -150,7 +150,7 @@ def test_env_names_versions_devices_and_backends(call):
     code, out, _ = call("env", "--format", "json")
     data = json.loads(out)
     assert code == 0
-    assert provenance.versions().items() <= data["versions"].items()
+    assert versions().items() <= data["versions"].items()
     assert data["devices"][0] == "cpu"
     assert (data["cores"], set(data["attention"])) == (
         os.cpu_count(),

@@ -18,6 +18,7 @@ from shell import DEFAULTS, SIZE, save_tiny
 from attnctrl import provenance
 from attnctrl.errors import AssetError, SceneError, UnsupportedModelError
 from attnctrl.scene import Scene, load_scene
+from attnctrl.versions import versions
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -231,7 +232,7 @@ def test_the_record_is_complete_and_holds_no_path(pipe, scene, folder, tmp_path)
     )
     assert record["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert record["scheduler"]["config"]["shift"] == 1.5
-    assert record["versions"] == provenance.versions()
+    assert record["versions"] == versions()
     assert record["settings"]["max_sequence_length"] == DEFAULTS["max_sequence_length"]
     data = picture.save(tmp_path / "p.png").read_bytes()
     text = provenance.to_text(record)["attnctrl"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from attnctrl import files, provenance
+from attnctrl import files, provenance, versions
 from attnctrl.errors import SceneError
 from attnctrl.scene import Scene
 from attnctrl.scenefile import SceneMemory
@@ -172,11 +172,11 @@ def test_versions_are_those_installed():
     import diffusers
     import torch
 
-    known = provenance.versions()
-    assert set(known) == {"python", *provenance.LIBRARIES}
+    known = versions.versions()
+    assert set(known) == {"python", *versions.LIBRARIES}
     assert (known["python"], known["diffusers"]) == (platform.python_version(), diffusers.__version__)
     assert torch.__version__.startswith(known["torch"].partition("+")[0])
-    assert provenance.version_of("no-such-package-here") == "not installed"
+    assert versions.version_of("no-such-package-here") == "not installed"
 
 
 @pytest.mark.parametrize("limit", [2**31, 0])

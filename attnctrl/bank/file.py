@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import files
 from ..errors import AssetError
+from ..versions import version_of, versions
 from .identity import differing, identity_of
 from .packing import Packed
 from .store import Bank, Entry, Held
@@ -34,8 +35,6 @@ _SIGMAS = "sigmas"
 
 def save(bank: Bank, path: str | Path) -> Path:
     """Write a bank. Raises `OSError` where the file cannot be written."""
-    from ..provenance import versions
-
     # as a tensor, since models that begin without signal have an infinite one, which JSON has not
     tensors = {_SIGMAS: torch.tensor(bank.sigmas, dtype=torch.float64)}
     for entry, packed in bank.entries.items():
@@ -71,9 +70,9 @@ def load(path: str | Path, pipe_or_model: Any = None, device: torch.device | str
             told = json.loads((file.metadata() or {})[_KEY])
             if told["format"] != FORMAT:
                 raise AssetError(
-                    f"{path} is a bank of format {told['format']}, and this attnctrl ({_version()}) reads format "
-                    f"{FORMAT}; it was written by attnctrl {told.get('versions', {}).get('attnctrl', '?')}. Use that "
-                    "version, or capture it anew."
+                    f"{path} is a bank of format {told['format']}, and this attnctrl ({version_of('attnctrl')}) reads "
+                    f"format {FORMAT}; it was written by attnctrl {told.get('versions', {}).get('attnctrl', '?')}. Use "
+                    "that version, or capture it anew."
                 )
             names = file.keys()
             bank = _filled(Bank(told["dtype"], device), told, {name: file.get_tensor(name) for name in names})
@@ -120,9 +119,3 @@ def _check_model(path: Path, bank: Bank, pipe_or_model: Any) -> None:
             f"{path} is a bank of another model ({told}): keys of one model mean nothing to another. Load that model, "
             "or capture the pictures anew."
         )
-
-
-def _version() -> str:
-    from ..provenance import version_of
-
-    return version_of("attnctrl")

@@ -87,7 +87,7 @@ def guidance(
       attnctrl bench guidance --format json
     """
     from attnctrl.bench_guidance import bench_guidance
-    from attnctrl.provenance import versions
+    from attnctrl.versions import versions
 
     hush()
     result = {**bench_guidance(repeats), "versions": versions()}
@@ -108,8 +108,8 @@ def inversion(
       attnctrl bench inversion --model toy-flux --format json
     """
     from attnctrl.pipelines.inversion import Inverter
-    from attnctrl.provenance import versions
     from attnctrl.toybox.inversion import bench_inversion
+    from attnctrl.versions import versions
 
     hush()
     inverter = Inverter.from_pretrained(model)

@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
     """Versions, platform, devices and attention backends of this machine, as JSON data."""
     import torch
 
-    from attnctrl.provenance import version_of, versions
+    from attnctrl.versions import version_of, versions
 
     names = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():

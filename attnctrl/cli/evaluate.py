@@ -50,9 +50,9 @@ def evaluate(
       attnctrl eval layout --model toy-flux --seeds 64 --format json
     """
     from attnctrl.files import write_png
-    from attnctrl.provenance import versions
     from attnctrl.toybox.suite import Options
     from attnctrl.toybox.suites import PAIRED, SUITES
+    from attnctrl.versions import versions
 
     if suite not in SUITES:
         from attnctrl.scenecheck import nearest

@@ -77,7 +77,7 @@ def search(
     from attnctrl.heads.job import Job, load_sampler
     from attnctrl.heads.objectives import objective_of
     from attnctrl.heads.search import Plan
-    from attnctrl.provenance import versions
+    from attnctrl.versions import versions
 
     hush()
     asked = [objective_of(one) for one in objective or ["toybox"]]

@@ -49,7 +49,7 @@ def invert(
     from attnctrl import files
     from attnctrl.pipelines.inversion import InversionSettings, Inverter
     from attnctrl.pipelines.latents import decibels, squared_error
-    from attnctrl.provenance import versions
+    from attnctrl.versions import versions
 
     settings = InversionSettings(
         prompt=prompt, method=method, steps=steps, guidance=guidance, gamma=gamma, eta=eta, seed=seed
