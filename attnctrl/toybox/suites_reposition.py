@@ -163,9 +163,11 @@ def moved(runner: Runner, wanted: Sequence[Picture], done: Callable[[int], None]
 
 def ways(runner: Runner) -> dict[str, Acting]:
     """What else can be read, by what the model knows of positions."""
-    found: dict[str, Acting] = {"shared": anchored, "resample": on_resampled, "canvas": Drawing(on_canvas)}
-    tabled = family_of(parts_of(runner.pipe)[0]).table
-    return {**found, "table": Drawing(on_table)} if tabled else found
+    family = family_of(parts_of(runner.pipe)[0])
+    found: dict[str, Acting] = {"shared": anchored, "resample": on_resampled}
+    if family.rotary is not None:
+        found["canvas"] = Drawing(on_canvas)
+    return {**found, "table": Drawing(on_table)} if family.table else found
 
 
 REPOSITION = Suite(
