@@ -46,8 +46,8 @@ def subjects(
     regions: Any,
     *,
     overlap: Overlap = "union",
-    weight: float = 1.0,
-    window: Window = (0.3, 1.0),
+    weight: float = 0.5,
+    window: Window = (0.1, 1.0),
     harmony: float = 0.0,
     apart: Window = (0.1, 0.5),
     reposition: Mode | None = None,
@@ -240,9 +240,8 @@ SETS: Mapping[str, Callable[..., list[Control]]] = {
 }
 
 CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    ("subjects", "unet"): {"weight": 2.0, "window": (0.1, 1.0), "harmony": 0.8},
+    ("subjects", "unet"): {"weight": 2.0, "harmony": 0.8},
     ("subjects", "flux"): {"reposition": "rope"},
-    ("subjects", "sd3"): {"weight": 0.5, "window": (0.1, 1.0)},
     ("ir-diffusion", "unet"): {"portraits": 0.9},
 }
 """By preset and family: options that were measured better on its embedded model than the preset's own, or belong to a

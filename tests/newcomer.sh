@@ -3,7 +3,7 @@
 # README's Python, each command with the example of its help, replay, two processes. Run on demand; nothing of the
 # repository is written to.
 #
-#   tests/newcomer.sh                          everything (half an hour: torch is installed twice)
+#   tests/newcomer.sh                          everything (some ten minutes: torch is installed twice)
 #   STEPS="clone wheel readme" tests/newcomer.sh
 #   STEPS="clone commands replay torchrun" VENV=.venv tests/newcomer.sh    with an environment that is there
 #
