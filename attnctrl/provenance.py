@@ -125,7 +125,8 @@ def carried(path: str | Path) -> dict[str, bytes]:
 def same_run(path: str | Path, record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any] | None:
     """The record of the picture at `path` if it came from a run like that of `record` with these files of the scene.
 
-    What acted (`report`) is not compared. None where there is no such picture, or not the whole of it.
+    What acted (`report`) and a CPU's threads are not compared. None where there is no such picture, or not the whole of
+    it.
     """
     from PIL import Image
 
@@ -136,7 +137,8 @@ def same_run(path: str | Path, record: Mapping[str, Any], files: Mapping[str, by
     except (SceneError, OSError, SyntaxError, ValueError):
         return None
     now = json.loads(to_text(record, files)[KEY])
-    return then if {**then, "report": None} == {**now, "report": None} else None
+    aside = {"report": None, "threads": None}
+    return then if {**then, **aside} == {**now, **aside} else None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -144,7 +146,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Scenes and seeds are not compared.
     """
-    keys = ("settings", "model", "setup", "pipeline", "scheduler", "dtype", "device", "versions")
+    keys = ("settings", "model", "setup", "pipeline", "scheduler", "dtype", "device", "threads", "versions")
     before, after = ({key: value for part in keys for key, value in _flat(part, run.get(part))} for run in (then, now))
     return [
         f"{key}: {before.get(key)} then, {after.get(key)} now"

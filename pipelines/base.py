@@ -269,12 +269,16 @@ class Wrapper:
 
     def stage(self, pipe: Any) -> dict[str, Any]:
         """What every record tells of the pipeline and the machine."""
+        import torch
+
         scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
         return {
             "model": self.identity,
             "pipeline": stock_name(pipe, self.runs_on),
             "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(scheduler)},
-            "device": str(pipe._execution_device),
+            "device": str(device := pipe._execution_device),
+            # sums round otherwise with another number of them
+            **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
             "dtype": str(_denoiser(pipe).dtype).removeprefix("torch."),
             "versions": versions(),
             **({"setup": told} if (told := self.setup.record()) else {}),

@@ -36,7 +36,7 @@ fail() {
 differ() { cmp -s "$1" "$2" || fail "$1 and $2 differ"; }
 
 clone() {
-    rm -rf "$clone" # of an earlier run in a kept WORK
+    rm -rf "$clone" "$here" # of an earlier run in a kept WORK
     git clone --quiet --no-hardlinks "$repository" "$clone"
     mkdir -p "$here"
     ln -sfn "$clone/examples" "$here/examples"
@@ -131,8 +131,10 @@ replay() {
 torchrun() {
     cd "$here"
     local line=(generate examples/two_shapes.yaml -n 3 --steps 4 --device cpu --format quiet)
+    # sums of several threads round otherwise than those of one
+    export OMP_NUM_THREADS=1
     "$VENV/bin/attnctrl" "${line[@]}" -o one/
-    OMP_NUM_THREADS=1 "$VENV/bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 -m attnctrl "${line[@]}" -o two/
+    "$VENV/bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 -m attnctrl "${line[@]}" -o two/
     local picture
     for picture in one/*.png; do differ "$picture" "two/${picture#one/}"; done
 }

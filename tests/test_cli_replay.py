@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from shell import SIZE, save_tiny
 
@@ -67,6 +68,24 @@ def test_replay_is_bit_equal(call, picture, tmp_path):
     assert (data["equal"], data["largest_difference"], data["differences"]) == (True, 0, [])
     assert kept.read_bytes() == picture.read_bytes()
     assert call("replay", picture)[:2] == (0, f"{picture}: bit-equal\n")
+
+
+def test_replay_runs_with_the_threads_of_the_picture(call, picture, folder):
+    assert provenance.read(picture)["threads"] == torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    try:
+        assert json.loads(call("replay", picture, "--format", "json")[1])["differences"] == []
+        # what is no number of threads is left aside, and what then differs is told
+        for wrong in (0, -1, 10**9, "1", 2.5, None):
+            changed = tampered(picture, folder / "threads.png", threads=wrong)
+            told = json.loads(call("replay", changed, "--format", "json")[1])["differences"]
+            assert told == [f"threads: {wrong} then, 2 now"]
+        assert torch.get_num_threads() == 2
+        # a picture that is there is not made again for its threads
+        assert call("generate", folder / "pair.yaml", "-o", folder, "--device", "cpu")[0] == 0
+        assert provenance.read(picture)["threads"] == 1
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_replay_sees_one_changed_pixel(call, picture, folder):

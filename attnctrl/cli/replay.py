@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from attnctrl.cli.groups import with_groups
 from attnctrl.cli.loading import Loading, ModelOption, load, model_for
 from attnctrl.cli.output import Format, FormatOption, emit, hush, note, progress_bar
 
+_MAX_THREADS = 1024
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that attnctrl made.")]
 
 
@@ -88,7 +90,7 @@ def replay(
 ) -> None:
     """Make a picture again from what it carries, and say whether it is the same to the bit (exit code 1 if not).
 
-    LoRAs, attention backend and compilation are those of the record, unless options say otherwise.
+    LoRAs, attention backend, compilation and a CPU's threads are those of the record, unless options say otherwise.
 
     Examples:
 
@@ -110,7 +112,7 @@ def replay(
 
     kind: Any = MultiSubjectPipeline if "story" in record else StylePipeline if "set" in record else ScenePipeline
     pipe = load(found, loading, kind, loading.dtype_of(record), setup)
-    with progress_bar(f"replay {image.stem}", form) as advance:
+    with progress_bar(f"replay {image.stem}", form) as advance, _threads_of(record):
         if kind is ScenePipeline:
             again = pipe(scene, controlled=bool(record.get("controlled", True)), progress=advance)[0]
         else:
@@ -138,3 +140,16 @@ def replay(
     emit(form, data, lambda: f"{image}: {'bit-equal' if same else f'not the same, {off}'}", [str(same).lower()])
     if not same:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _threads_of(record: Mapping[str, Any]) -> Iterator[None]:
+    """With as many threads as a picture was drawn with, if it tells: sums round otherwise with another number."""
+    import torch
+
+    told, own = record.get("threads"), torch.get_num_threads()
+    torch.set_num_threads(told if isinstance(told, int) and 1 <= told <= _MAX_THREADS else own)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
