@@ -178,6 +178,7 @@ def guidance(families: Mapping[str, str]) -> Table:
         "binding": "`binding`",
         "prompt_fidelity": "`prompt_fidelity`",
         "saturation": "`saturation` off by",
+        "style": "`style`",
         "frechet": "`frechet`",
         "diversity": "`diversity`",
     }
@@ -187,6 +188,7 @@ def guidance(families: Mapping[str, str]) -> Table:
         for label, prefix, form, time in (
             ("no guidance", "", PLAIN, "{vanilla:.0f}"),
             (f"{told['kind']}, `{told['layers']}`, w = {told['scale']:g}", "", HELD, "{controlled:.2f}"),
+            ("the same, the first 30 %", "early.", HELD, "{controlled:.2f}"),
             ("the model's own guidance", "cfg.", HELD, "{controlled:.2f}"),
             ("both", "cfg_and_perturbed.", HELD, "{controlled:.2f}"),
         ):
