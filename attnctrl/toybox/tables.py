@@ -197,6 +197,21 @@ def guidance(families: Mapping[str, str]) -> Table:
     return Table(("pictures", *metrics.values(), "time"), rows)
 
 
+def held_out(model: str) -> Each:
+    """Sets of heads down, on pairs that their search did not see: the gain, and that over the layer that is best."""
+    return Each(
+        ("perturbed", "heads", "`binding`", "more than without", "more than the layer"),
+        f"heads-{model}",
+        (
+            "{name}",
+            "{heads}",
+            "{controlled:.3f}",
+            "{delta:+.3f} ({low:+.3f} .. {high:+.3f})",
+            "{over_delta:+.3f} ({over_low:+.3f} .. {over_high:+.3f})",
+        ),
+    )
+
+
 def inversion(model: str, steps: Sequence[int]) -> Table:
     """Methods down, counts of steps across: median and least PSNR."""
     return Table(
@@ -260,6 +275,7 @@ TABLES: Mapping[str, Table | Each] = {
         "heads-toy-sd3",
         ("`{layer}`", *(f"{{gains[{number}]:+.3f}}" for number in range(5))),
     ),
+    "held-out heads toy-flux": held_out("toy-flux"),
     "style toy-flux": style("toy-flux", STYLE),
     "style toy-sd3": style("toy-sd3", {"keys shared (`match=()`): the default on SD3": ""}),
     "inversion": inversion("toy-flux", (10, 20, 40, 160)),
