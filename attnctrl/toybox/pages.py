@@ -34,6 +34,7 @@ FIGURE = re.compile(r"[-+.\d%e]*(<!-- = (\S+) (\S+) (\S+) -->)")
 COMMANDS = {
     "compile-cpu": "attnctrl bench compile --format json",
     "execute-cpu": "attnctrl bench execute --format json",
+    "guidance-bench-cpu": "attnctrl bench guidance --format json",
     "idle-cpu": "attnctrl bench idle --format json",
     "idle-families-cpu": "python benchmarks/idle_families.py",
     "plan-memory": "python benchmarks/plan_memory.py",
@@ -44,7 +45,7 @@ RATIOS = {
     "of_unmasked": ("ours_s", "unmasked_s"),
     "of_mask": ("peak_bytes", "mask_bytes"),
 }
-NAMES = ("case", "method", "family", "door", "steps", "layer", "name")
+NAMES = ("case", "method", "family", "door", "steps", "layer", "cfg", "name")
 """Columns that tell the rows of a measurement apart."""
 SUMMARIES = {"min": min, "max": max, "median": statistics.median}
 

@@ -197,11 +197,11 @@ def guidance(families: Mapping[str, str]) -> Table:
     return Table(("pictures", *metrics.values(), "time"), rows)
 
 
-def held_out(model: str) -> Each:
+def held_out(result: str) -> Each:
     """Sets of heads down, on pairs that their search did not see: the gain, and that over the layer that is best."""
     return Each(
         ("perturbed", "heads", "`binding`", "more than without", "more than the layer"),
-        f"heads-{model}",
+        result,
         (
             "{name}",
             "{heads}",
@@ -268,6 +268,11 @@ TABLES: Mapping[str, Table | Each] = {
         "execute-cpu",
         ("{case}", "{tokens}", "{density:.2f}", "{of_dense:.2f} x", "{of_unmasked:.2f} x"),
     ),
+    "guidance steps": Each(
+        ("model", "first perturbed layer", "guidance", "bound", "operations", "time", "time without replay"),
+        "guidance-bench-cpu",
+        ("{family}", "{layer}", "{cfg}", "{bound:.2f}", "{flop_ratio:.2f}", "{step_ratio:.2f}", "{full_ratio:.2f}"),
+    ),
     "commands": Each(("file", "command"), "commands", ("`results/{file}`", "`{command}`")),
     "guidance": guidance({"toy-sd": "unet", "toy-sd3": "sd3", "toy-flux": "flux"}),
     "heads": Each(
@@ -275,7 +280,8 @@ TABLES: Mapping[str, Table | Each] = {
         "heads-toy-sd3",
         ("`{layer}`", *(f"{{gains[{number}]:+.3f}}" for number in range(5))),
     ),
-    "held-out heads toy-flux": held_out("toy-flux"),
+    "held-out heads toy-flux": held_out("heads-toy-flux"),
+    "held-out heads toy-sd3": held_out("heads-confirm-toy-sd3"),
     "style toy-flux": style("toy-flux", STYLE),
     "style toy-sd3": style("toy-sd3", {"keys shared (`match=()`): the default on SD3": ""}),
     "inversion": inversion("toy-flux", (10, 20, 40, 160)),
