@@ -51,8 +51,8 @@ def layout(
 ) -> list[Control]:
     """Ours: each region reads its own text; regions do not see each other in the first half, the background sees all.
 
-    Isolation that never ends leaves seams, and subjects whose edges read nothing of them lose their shape (measured on
-    the embedded models).
+    Isolation that never ends leaves seams (measured on the embedded models). Texts that are words of the prompt are not
+    parted from the rest of it, as the text encoder wrote them knowing it.
 
     Args:
         ground: whether the background reads texts of regions that are words of the prompt, see `GroupIsolation`.
@@ -91,12 +91,11 @@ def texts(
     """
     scenes = scenes_of(regions, "regions")
     told: dict[str, Any] = {"overlap": overlap, "window": window, "reference_weight": reference_weight}
-    stack: list[Control] = []
-    kinds: list[tuple[Any, bool, dict[str, Any]]] = [(GroupIsolation, True, {"ground": ground}), (Regions, False, {})]
-    for kind, worded, own in kinds:
-        mine = [scene if _is_worded(scene) == worded else () for scene in scenes]
-        if any(mine):
-            stack.append(kind(mine if len(mine) > 1 else mine[0], **told, **own))
+    worded = [scene if _is_worded(scene) else () for scene in scenes]
+    appended = [() if _is_worded(scene) else scene for scene in scenes]
+    stack: list[Control] = [GroupIsolation(worded, ground=ground, **told)] if any(worded) else []
+    if any(appended):
+        stack.append(Regions(appended, **told))
     return stack or [Regions()]
 
 

@@ -12,7 +12,7 @@
 # VENV         environment with attnctrl in it, for the parts behind `wheel`; made by `wheel` if left out
 # SKIP         words of commands that are not run, "eval bench search" if left out (minutes each); SKIP= runs all
 # TORCH_INDEX  index that torch is taken from, as for make
-# WORK         folder to work in, kept; a temporary one, removed at the end, if left out
+# WORK         folder to work in, kept (its clone/ and here/ are made anew); a temporary one, removed at the end, if left out
 set -euo pipefail
 
 repository=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)

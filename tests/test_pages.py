@@ -76,6 +76,13 @@ def test_what_a_result_says() -> None:
     assert (told["a_max"]["gain"], told["b_max"]["gain"], told["median"]["gain"]) == (3, 1, 1)
 
 
+def test_what_a_confirmation_says() -> None:
+    over = {"all of joint:1": {"delta": 0.1, "ci95": [-0.2, 0.4]}}
+    rows = [{"name": "first 1", "delta": 0.3, "ci95": [0.2, 0.5], "over": over}]
+    told = pages.figures({"confirm": {"rows": rows}})["first_1"]
+    assert [told[key] for key in ("low", "high", "over_delta", "over_low", "over_high")] == [0.2, 0.5, 0.1, -0.2, 0.4]
+
+
 def test_a_row_that_was_not_measured_is_left_out() -> None:
     held = "{controlled:.3f} ({low:+.3f} .. {high:+.3f})"
     rows = [(key, ("one", key, "{vanilla:.0%}"), ("one", key, held)) for key in ("binding", "cfg.binding", "gone")]

@@ -18,7 +18,7 @@ class Guided(Control):
     and there is no further forward.
     """
 
-    scale: float = field(default=3.0, kw_only=True)
+    scale: float = field(kw_only=True)
     rescale: float = field(default=0.0, kw_only=True)
     rescale_mode: RescaleMode = field(default="partial", kw_only=True)
     replay: bool = field(default=True, kw_only=True)

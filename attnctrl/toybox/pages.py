@@ -78,10 +78,15 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """With the ratios that it tells, and bytes in GB."""
+    """With the ratios that it tells, bytes in GB, and its intervals as `low` and `high`, `over_...` what it is over."""
     ratios = {name: row[above] / row[below] for name, (above, below) in RATIOS.items() if {above, below} <= set(row)}
     sizes = {f"{name[:-6]}_gb": value / 1e9 for name, value in row.items() if name.endswith("_bytes")}
-    return {**row, **ratios, **sizes}
+    ends = dict(zip(("low", "high"), row.get("ci95", ()), strict=False))
+    over = [
+        {"over_delta": one["delta"], "over_low": one["ci95"][0], "over_high": one["ci95"][1]}
+        for one in row.get("over", {}).values()
+    ]
+    return {**row, **ratios, **sizes, **ends, **(over[0] if over else {})}
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], summary: Any) -> dict[str, float]:
