@@ -1,16 +1,20 @@
 """What a step with a perturbed branch costs: measured, counted and bounded; beside it diffusers' own.
 
 The bound of a step is vanilla's forward and rho of a forward on the prompt's rows: what comes behind the first
-perturbed product of attention is all that differs (its projection, and all that follows).
+perturbed product of attention is all that differs (its projection, and all that follows). It is told twice: with rho
+counted in operations, and with the seconds that a forward of the prompt's rows takes behind that product, since an
+operation of one layer may take longer than one of another (a UNet's on its finest level).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attach import attach
 from .controls import Perturb
-from .execute.bench import interleaved
+from .execute.bench import interleaved, rounds
 from .families import family_of
 from .guidance import rows_of_arguments
 from .select import Layer, select
@@ -152,10 +156,10 @@ def bench_guidance(repeats: int = 9, side: int = 16, width: int = 256, cases: Se
 
     Returns:
         {"suite": "guidance cost", "rows": [...], "theirs": [...]}. A row holds family, layer, cfg ("none": a forward of
-        the prompt alone; "batched": with the negative prompt), rho, bound, flop_ratio (floating-point operations of a
-        step / vanilla's), step_ratio (of median seconds), vanilla_s, full_ratio (without replay), and max_err, the
-        largest difference of replay from the whole forward. A row of "theirs" compares with diffusers' own processors:
-        ours_ratio, theirs_ratio, and max_err of the guided predictions.
+        the prompt alone; "batched": with the negative prompt), rho, bound, bound_s (with rho in seconds), flop_ratio
+        (floating-point operations of a step / vanilla's), step_ratio (the median over rounds), vanilla_s, full_ratio
+        (without replay), and max_err, the largest difference of replay from the whole forward. A row of "theirs"
+        compares with diffusers' own processors: ours_ratio, theirs_ratio, and max_err of the guided predictions.
     """
     made = _cases(width)
     rows: list[dict[str, Any]] = []
@@ -169,8 +173,12 @@ def bench_guidance(repeats: int = 9, side: int = 16, width: int = 256, cases: Se
             }
             for cfg in BRANCHES:
                 inputs = case.inputs(len(BRANCHES[cfg]), side, width)
+                twin = _twin(model)
+                layers = {where: _first(twin, selector) for where, selector in case.layers.items()}
+                timed = _Timed(twin, layers, case.inputs(1, side, width))
                 rows += [
-                    {"family": name, "cfg": cfg, **row} for row in _rows(case, model, cfg, shares, inputs, repeats)
+                    {"family": name, "cfg": cfg, **row}
+                    for row in _rows(case, model, cfg, shares, timed, inputs, repeats)
                 ]
                 if case.theirs:
                     theirs.append({"family": name, "cfg": cfg, **_theirs(case, model, cfg, inputs, repeats)})
@@ -190,9 +198,9 @@ def _twin(model: nn.Module) -> Any:
 
 
 def _rows(
-    case: Case, model: Any, cfg: str, shares: Mapping[str, float], inputs: Inputs, repeats: int
+    case: Case, model: Any, cfg: str, shares: Mapping[str, float], timed: _Timed, inputs: Inputs, repeats: int
 ) -> list[dict[str, Any]]:
-    calls: dict[str, Callable[[], Any]] = {"vanilla": partial(model, **inputs)}
+    calls: dict[str, Callable[[], Any]] = {"vanilla": partial(model, **inputs), "timed": timed}
     with ExitStack() as stack:
         for where, layers in case.layers.items():
             for name, replay in ((where, True), (_full(where), False)):
@@ -202,17 +210,23 @@ def _rows(
                 calls[name] = partial(twin, **inputs)
         outputs = {name: call()[0] for name, call in calls.items()}
         counted = {name: flops(calls[name]) for name in ("vanilla", *case.layers)}
-        seconds = interleaved(calls, repeats)
+        seconds = rounds(calls, repeats)
+
+    def ratio(taken: Sequence[float]) -> float:
+        # of each round by itself: what slows the machine for a while slows all of it
+        return median(one / base for one, base in zip(taken, seconds["vanilla"], strict=True))
+
     return [
         {
             "layer": where,
             "selected": layers,
             "rho": shares[where],
             "bound": (len(BRANCHES[cfg]) + shares[where]) / len(BRANCHES[cfg]),
+            "bound_s": 1 + ratio(timed.behind[where][-repeats:]),
             "flop_ratio": counted[where] / counted["vanilla"],
-            "step_ratio": seconds[where] / seconds["vanilla"],
-            "full_ratio": seconds[_full(where)] / seconds["vanilla"],
-            "vanilla_s": seconds["vanilla"],
+            "step_ratio": ratio(seconds[where]),
+            "full_ratio": ratio(seconds[_full(where)]),
+            "vanilla_s": median(seconds["vanilla"]),
             "max_err": float((outputs[where] - outputs[_full(where)]).abs().max()),
         }
         for where, layers in case.layers.items()
@@ -240,16 +254,45 @@ def rho(model: Any, layer: Layer, inputs: Inputs) -> float:
     """The share of a forward's operations that come behind the product of attention in a layer."""
     before: list[int] = []
     counter = FlopCounterMode(display=False)
+    with _behind(layer, lambda: before.append(counter.get_total_flops())), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs)
+    return 1 - before[0] / counter.get_total_flops()
+
+
+@contextmanager
+def _behind(layer: Layer, call: Callable[[], object]) -> Iterator[None]:
+    """Call when the product of attention of a layer is there."""
     out = getattr(layer.module, "to_out", None)
     # layers whose block projects what they give have none
     place, register = (layer.module, "register_forward_hook") if out is None else (out[0], "register_forward_pre_hook")
-    hook = getattr(place, register)(lambda *_: before.append(counter.get_total_flops()))
+    hook = getattr(place, register)(lambda *_: call())
     try:
-        with sdpa_kernel(SDPBackend.MATH), counter:
-            model(**inputs)
+        yield
     finally:
         hook.remove()
-    return 1 - before[0] / counter.get_total_flops()
+
+
+class _Timed:
+    """A forward that notes the seconds behind the product of attention of some layers, in `behind` by their names."""
+
+    def __init__(self, model: Any, layers: Mapping[str, Layer], inputs: Inputs) -> None:
+        self._model, self._layers, self._inputs = model, layers, inputs
+        self.behind: dict[str, list[float]] = {where: [] for where in layers}
+
+    def __call__(self) -> Any:
+        met: dict[str, float] = {}
+        with ExitStack() as stack:
+            for where, layer in self._layers.items():
+                stack.enter_context(_behind(layer, partial(_note, met, where)))
+            output = self._model(**self._inputs)
+        end = time.perf_counter()
+        for where, at in met.items():
+            self.behind[where].append(end - at)
+        return output
+
+
+def _note(met: dict[str, float], where: str) -> None:
+    met[where] = time.perf_counter()
 
 
 def _theirs(case: Case, model: Any, cfg: str, inputs: Inputs, repeats: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
 from .execute.tokens import TokenSet
 from .groups import Group, Words, partition
 from .layout import Frame, Layout
-from .output import RowOutputs, Run, edited, mask_of
+from .output import RowOutputs, Run, edited, mask_of, overwritten
 from .region import Region
 from .schedule import Moment
 from .sources import Sources, compacted, shifted
@@ -325,7 +325,10 @@ class Act:
             # a set of rows after the other, so that no more than one of them is there twice
             return self._in_parts(run, batch, batch, [edits for _, edits in self.contents], mask, scale)
         own = changed(self.contents, batch)
-        out = self._in_parts(run, own, batch, [()] * len(self.parts), mask, scale)
+        if overwritten(self.outputs):
+            out = query.new_empty(()).expand(*query.shape[:3], value.shape[-1])
+        else:
+            out = self._in_parts(run, own, batch, [()] * len(self.parts), mask, scale)
         return edited(self.outputs, out, own, (key, value), mask, run, scale)
 
     def _in_parts(

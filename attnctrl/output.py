@@ -17,7 +17,7 @@ from .execute import ExecutionPlan
 from .sources import Sources
 from .variants import RowSet, put_rows, row_numbers
 
-__all__ = ["Batch", "Contrasting", "Executed", "Output", "RowOutputs", "Run", "edited", "mask_of"]
+__all__ = ["Batch", "Contrasting", "Executed", "Output", "RowOutputs", "Run", "edited", "mask_of", "overwritten"]
 
 Run = Callable[..., Tensor]
 """(plan or None, query, key, value, mask, scale) -> the attention of some rows."""
@@ -45,7 +45,8 @@ class Executed:
     Attributes:
         query: [B, H, Tq, D].
         key, value: [B, Hk, Tk, D], without those of other pictures; in joint attention query i belongs to value i.
-        out: [B, H, Tq, D], what was executed, and earlier outputs have made of it.
+        out: [B, H, Tq, D], what was executed, and earlier outputs have made of it; where all of it is `overwritten`,
+            nothing was, and it has the shape alone.
         mask: the model's own, bool (True sees) or additive, 4D, broadcastable to [B, H, Tq, Tk]; or None.
         scale: of the scores; None means 1 / sqrt(D).
         planned: controls of visibility act on this call as well.
@@ -73,7 +74,10 @@ class Executed:
 
 
 class Output(Protocol):
-    """What becomes of an executed call. Equal ones do the same, so that layers share them."""
+    """What becomes of an executed call. Equal ones do the same, so that layers share them.
+
+    One that has an attribute `overwrites` which is True reads neither `Executed.out` nor `Executed.batch.out`.
+    """
 
     def __call__(self, call: Executed) -> Tensor:
         """The new output [B, H, Tq, D]."""
@@ -92,6 +96,14 @@ class Contrasting(Output, Protocol):
 
 RowOutputs = tuple[RowSet, ExecutionPlan | None, Sources | None, tuple[Output, ...]]
 """(rows, the plan and the sources they were executed by, their outputs in list order)."""
+
+
+def overwritten(outputs: Sequence[RowOutputs]) -> bool:
+    """Nobody reads what a call would give: one output makes all of it anew."""
+    if len(outputs) != 1:
+        return False
+    rows, _, _, edits = outputs[0]
+    return rows is None and len(edits) == 1 and getattr(edits[0], "overwrites", False)
 
 
 def edited(

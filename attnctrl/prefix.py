@@ -137,12 +137,20 @@ def stretches_before(layer: Layer, lists: Lists, family: Family, model: nn.Modul
 def _obstacle(tap: Tap, blocks: Sequence[str]) -> str:
     """Why these blocks must run in every forward; "" where they may be left out."""
     # asked at every step, as all of it may change between two: most modules have nothing, and are walked over once
-    marked = [module for module in within(tap.model) if _is_marked(module)]
+    marked = [
+        module
+        for module in within(tap.model)
+        if (own := module.__dict__)["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "_diffusers_hook" in own
+        or "_compiled_call_impl" in own
+    ]
     if is_compiled(tap.model, marked) or tap.root is not tap.model:
         return "the model or its blocks are compiled"
     if tap.has_caches(marked):
         return "a cache on the model counts its blocks"
-    hooked = {id(module) for module in marked if _has_hooks(module)}
+    # the model's own, of which one is ours, are called in any case
+    hooked = {id(module) for module in marked if module is not tap.model and _has_hooks(module)}
     loading = {id(module) for module in marked if any(map(_loads_others, hooks_of(module)))}
     for name in blocks if hooked or loading else ():
         inside = {id(module) for module in within(tap.model.get_submodule(name))}
@@ -151,14 +159,6 @@ def _obstacle(tap: Tap, blocks: Sequence[str]) -> str:
         if inside & loading:
             return f"{name} loads the weights of other blocks as well"
     return ""
-
-
-def _is_marked(module: nn.Module) -> bool:
-    """Somebody put something around it."""
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or "_diffusers_hook" in own or module._compiled_call_impl
-    )
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 import pytest
@@ -70,11 +71,25 @@ def test_steps_cost_little_more_than_their_bound(result: dict[str, Any]) -> None
         rows = {"none": 1, "batched": 2}[row["cfg"]]
         assert row["bound"] == pytest.approx((rows + row["rho"]) / rows)
         assert row["bound"] - 1e-9 < row["flop_ratio"] < 1.05 * row["bound"]
+        assert row["bound_s"] > 1
         assert min(row["step_ratio"], row["full_ratio"], row["vanilla_s"]) > 0
         assert row["max_err"] == 0 if rows == 1 else row["max_err"] < 1e-5
     shares = [row["rho"] for row in result["rows"]]
     assert 0.95 > shares[0] > 0.6 > shares[1] > 0.4 > 0.2 > shares[2] > 0
     assert shares[:3] == shares[3:]
+
+
+def test_the_bound_in_seconds_is_what_comes_behind_the_product() -> None:
+    """A layer that sleeps behind its product, and one that sleeps before it."""
+    model = Deep(16, 3)
+    model.ff[1].register_forward_hook(lambda *_: time.sleep(0.02))
+    layers = [bench.Layer(f"attention.{number}", "", number, model.attention[number]) for number in (1, 2)]
+    timed = bench._Timed(model, dict(zip(("before", "behind"), layers, strict=True)), {"x": torch.randn(1, 8, 16)})
+    for _ in range(3):
+        timed()
+    assert all(taken > 0.02 for taken in timed.behind["before"])
+    assert min(timed.behind["behind"]) < 0.01
+    assert [len(taken) for taken in timed.behind.values()] == [3, 3]
 
 
 def test_diffusers_processors_give_the_same(result: dict[str, Any]) -> None:

@@ -143,6 +143,7 @@ def guidance_table(result: Mapping[str, Any]) -> Table:
     columns = {
         "rho": "rho",
         "bound": "bound",
+        "bound_s": "in seconds",
         "flop_ratio": "operations",
         "step_ratio": "time",
         "full_ratio": "in full",

@@ -258,7 +258,15 @@ class Perturbation:
                 "or take kind 'identity', 'uniform', 'mean_query', 'blur' or 'temperature'."
             )
         other = _within(self, call) if self.within else _FORMS[self.kind](self, call)
+        if self.overwrites:
+            return other.to(call.out.dtype).expand_as(call.out)
         return forms.blend(call.out, other, self._share(call))
+
+    @property
+    def overwrites(self) -> bool:
+        """Nothing of the untouched attention is left, so it need not be computed."""
+        everything = self.heads is None and self.spans is None and not self.within and self.strength == 1
+        return everything and self.kind != "slerp"
 
     def explain(self) -> str:
         """Kind, strength, heads and tokens."""

@@ -162,7 +162,12 @@ def random_inputs(
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, all of them timed in turn, `repeats` rounds after one to warm up."""
+    """Median seconds of each call, see `rounds`."""
+    return {name: median(taken) for name, taken in rounds(calls, repeats).items()}
+
+
+def rounds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, all of them timed in turn, `repeats` rounds after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for _ in range(repeats + 1):
@@ -170,7 +175,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
                 start = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - start)
-    return {name: median(taken[1:]) for name, taken in seconds.items()}
+    return {name: taken[1:] for name, taken in seconds.items()}
 
 
 def _error(out: Tensor, visibility: Visibility, query: Tensor, key: Tensor, value: Tensor) -> float:
