@@ -137,7 +137,8 @@ def test_rungs_by_number() -> None:
     assert rungs(576, 5, 3) == [(576, 1), (126, 2), (27, 3), (6, 5)]
     assert rungs(576, 20, 24) == [(576, 2), (309, 3), (166, 5), (89, 10), (48, 20)]
     assert rungs(35, 48, 3) == [(35, 3), (23, 6), (14, 12), (9, 24), (6, 48)]
-    assert rungs(35, 48, 3, keep=1) == [(35, 3), (19, 6), (10, 12), (6, 24), (3, 48)]
+    # three of three would choose nothing
+    assert rungs(35, 48, 3, keep=1) == [(35, 3), (19, 6), (10, 12), (6, 24)]
     assert (rungs(6, 5, 3), rungs(24, 1, 1)) == ([(6, 5)], [(24, 1)])
     # candidates that cannot be parted so often
     assert rungs(7, 48, 3) == [(7, 6), (6, 48)]

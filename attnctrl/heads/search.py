@@ -5,8 +5,8 @@
 
 Heads of one round are never tested together. mode="exhaustive" scores every head on every pair, as published;
 "halving" scores all on few pairs, fewer of them on twice as many, and so on (successive halving), to the last keep x k
-on all. All candidates of a round see the same noises and prompts, so what they are compared by are differences of
-pairs.
+on all; with keep = 1 these would be the ones that are taken, so it ends before. All candidates of a round see the same
+noises and prompts, so what they are compared by are differences of pairs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Plan:
         strength, scale, window, kind: of the perturbation, see `Perturb`.
         mode: see the module's text.
         keep: of halving: candidates on all pairs for each head that is taken, >= 1. More find surely what is best on
-            all pairs, fewer cost less.
+            all pairs, fewer cost less; 1 ends with half of the pairs.
         candidates: heads that may be taken, in any order; None for all.
 
     Raises:
@@ -107,7 +107,8 @@ class Plan:
 
 def rungs(pool: int, pairs: int, k: int, keep: int = KEEP) -> list[tuple[int, int]]:
     """(candidates, pairs from the first on) of each rung: each has about twice the pairs of the one before it, and
-    fewer candidates by one and the same factor, from all of them on few pairs to keep x k on all pairs."""
+    fewer candidates by one and the same factor, from all of them on few pairs to keep x k on all pairs. A last rung of
+    no more than the k that are taken is left out: it chooses nothing."""
     counts = sorted({-(-pairs // 2**half) for half in range(RUNGS)})
     last = min(pool, keep * k)
     share = (last / pool) ** (1 / max(1, len(counts) - 1))
@@ -115,7 +116,8 @@ def rungs(pool: int, pairs: int, k: int, keep: int = KEEP) -> list[tuple[int, in
     for number, count in enumerate(counts):
         # of rungs of equally many candidates the one with most pairs knows all that the others do
         ladder[max(last, round(pool * share**number))] = count
-    return list(ladder.items()) if len(counts) > 1 else [(pool, pairs)]
+    found = list(ladder.items()) if len(counts) > 1 else [(pool, pairs)]
+    return found[:-1] if len(found) > 1 and found[-1][0] <= k else found
 
 
 def search(
