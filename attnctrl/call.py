@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .bank import Recalled
+from .bank import Held, Recalled
 from .content import Content, RowContents, States, changed, followed, of_rows
 from .errors import ControlError, PlanError
 from .execute import ExecutionPlan, Host, Kernel, Pass, as_bias, plan
@@ -58,7 +58,7 @@ class Situation:
         words: what the tokens of the prompt are.
         shared: of each other picture whose tokens are among the keys, who holds them, see `partition`.
         others: the regions of each of these pictures.
-        stored: these are pictures of a bank, of which there are those tokens alone that it holds.
+        stored: where these are pictures of a bank, what it holds of each: those of their tokens alone are there.
         line: which picture of how many this is.
     """
 
@@ -68,7 +68,7 @@ class Situation:
     words: Words = field(default_factory=Words)
     shared: Mapping[int, Tensor] = field(default_factory=dict)
     others: Mapping[int, tuple[Region, ...]] = field(default_factory=dict)
-    stored: bool = False
+    stored: tuple[Held, ...] = ()
     line: Line = field(default_factory=partial(Line, 0, ()))
 
     def _split(self, side: Layout) -> tuple[Tensor, tuple[Group, ...]]:

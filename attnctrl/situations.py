@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,13 +16,27 @@ from .declared import Declared, nth
 from .errors import ControlError, LayoutError, UnsupportedModelError
 from .groups import Words
 from .layout import Frames, Slots, Span
-from .region import Region
+from .region import Region, extent
 from .select import Layer, Presets, describe, select
 from .variants import Line, Variant, make_variants
 
-__all__ = ["Seat", "Situations", "make_room"]
+__all__ = ["Holders", "Seat", "Situations", "make_room"]
 
 _CACHED = 256
+
+
+class Holders(NamedTuple):
+    """Who holds the image tokens of a picture.
+
+    Attributes:
+        names: of the declared regions of its scene.
+        member: bool [regions, image tokens].
+        boxes: (x0, y0, x1, y1) around each region, as shares of the picture.
+    """
+
+    names: tuple[str, ...]
+    member: Tensor
+    boxes: tuple[tuple[float, ...], ...]
 
 
 @dataclass(eq=False)
@@ -150,7 +165,7 @@ class Situations(Declared):
                 held = bank.held(frame)
                 shared = {n: self.of_names(variant.scene, held[n].names, held[n].member) for n in reads}
             whole = seen.with_shared({n: who.shape[1] for n, who in shared.items()}) if reads else seen
-            words, stored = self._words(variant), bank is not None
+            words, stored = self._words(variant), () if bank is None else bank.held(frame)
             self._situations[key] = Situation(whole, regions, member, words, shared, others, stored, line)
         return self._situations[key]
 
@@ -187,11 +202,12 @@ class Situations(Declared):
         phrases = {number: tuple(regions[number].spans) for number in numbers if regions[number].spans}
         return Words(phrases, self._told(variant.scene, variant.active))
 
-    def holders(self, variant: Variant, frame: str) -> tuple[tuple[str, ...], Tensor]:
-        """(names of the regions of a variant's scene, bool [regions, image tokens]: who holds each token)."""
+    def holders(self, variant: Variant, frame: str) -> Holders:
+        """The regions of a variant's scene, and who of them holds each image token."""
         regions, placed = self.regions(variant.scene), self.placed(variant.scene)
         member = self.member(variant.scene, variant.frames[frame].grid)
-        return tuple(regions[number].label for number in placed), member[placed]
+        own = [regions[number] for number in placed]
+        return Holders(tuple(one.label for one in own), member[placed], tuple(map(extent, own)))
 
     def told_to(self, control: Control, variant: Variant, frame: str) -> Situation:
         """What a control is told for its output: of the other pictures too, where it compares them."""

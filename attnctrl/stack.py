@@ -18,6 +18,7 @@ from .errors import ControlError
 from .execute import ExecutionPlan, Host
 from .execute.tokens import TokenSet
 from .increments import Guide
+from .layout import TokenRange
 from .norms import Pooled
 from .output import Contrasting, Output, RowOutputs
 from .region import by
@@ -234,7 +235,11 @@ class Stack(Situations):
                     f"{by(grid or ())}, so they do not stand side by side. Leave positions='keep', or capture this "
                     "size."
                 )
-        moves = tuple(None if move is None else move.to(device) for move in made)
+        # where each token goes its own way, that is of the tokens which the bank holds
+        moves = tuple(
+            None if move is None else move.to(device).of(mine, TokenRange("image", 0, len(held.tokens)))
+            for move, mine, held in zip(made, tokens, bank.held(frame), strict=True)
+        )
         return Stored(tokens, moves, bank, line.stored[0] if line.stored else "")
 
     def _move(self, situation: Situation, other: int, acting: tuple[int, ...]) -> Move | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from .call import Act, Row
 from .content import Places
@@ -17,6 +16,7 @@ from .schedule import Moment
 from .select import Layer
 
 if TYPE_CHECKING:
+    from .situations import Holders
     from .stack import Acts, Seat, Stack
     from .variants import Variant
 
@@ -37,8 +37,7 @@ class View:
         moment: where the forward stands in the run.
         device: where the model computes.
         identity: () -> which model this is, see `attnctrl.bank.identity`.
-        holders: (number of one of its rows, frame) -> (names of the declared regions of its scene, bool [regions,
-            image tokens]: who holds each token of its picture).
+        holders: (number of one of its rows, frame) -> the regions of its scene, and who of them holds each token.
         places: (number of one of its rows, frame) -> where its image tokens stand, see `Standing.places`.
     """
 
@@ -51,7 +50,7 @@ class View:
     moment: Moment
     device: torch.device
     identity: Callable[[], Mapping[str, str]]
-    holders: Callable[[int, str], tuple[tuple[str, ...], Tensor]]
+    holders: Callable[[int, str], Holders]
     places: Callable[[int, str], Places | None]
 
 
@@ -96,7 +95,7 @@ def watched(
                 )
             return made
 
-        def holders(row: int, frame: str, own: Sequence[Variant] = own) -> tuple[tuple[str, ...], Tensor]:
+        def holders(row: int, frame: str, own: Sequence[Variant] = own) -> Holders:
             return stack.holders(own[row], frame)
 
         def places(row: int, frame: str, own: Sequence[Variant] = own) -> Places | None:

@@ -66,7 +66,8 @@ def reading(acting: Sequence[Control], bank: Bank, pictures: int) -> list[Contro
     alone: dict[str, Any] = {"bank": bank, "readers": Share.readers, "anchors": Share.anchors, "group": None}
     # where nobody is in any picture, there is nobody to read as
     idle = [one for one in sharing if one.queries != "all" and not any(one.scenes)]
-    return [replace(one, **alone) if one in sharing else one for one in acting if one not in idle]
+    left = [one for one in acting if one not in idle and not (one.follows and len(idle) == len(sharing))]
+    return [replace(one, **alone) if one in sharing else one for one in left]
 
 
 def same_bank(digest: str, bank: Bank | None) -> Bank:
@@ -84,8 +85,9 @@ def same_bank(digest: str, bank: Bank | None) -> Bank:
 def _sharing(acting: Sequence[Control]) -> list[Share]:
     """The controls by which pictures are shared. Raises `ControlError` where some need more than a bank holds."""
     for one in acting:
-        if one.compares or isinstance(one, Reposition):
-            reason = "takes in outputs of" if one.compares else "moves what is read to where it stands from places in"
+        exchanging = isinstance(one, Reposition) and one.exchanges
+        if one.compares or exchanging:
+            reason = "takes in outputs of" if one.compares else "draws with subjects at other places"
             option = "harmony=0" if one.compares else "reposition=None"
             raise ControlError(
                 f"'{one.name}' {reason} the story's pictures, of which a bank holds keys and values alone. Draw the "

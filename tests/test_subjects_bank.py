@@ -26,8 +26,11 @@ NEW = [
 STORIES = {
     "sd3": ("sd3", "subjects", {}, SHOTS),
     "sd3-first": ("sd3", "subjects", {}, EVERYBODY),
-    "flux": ("flux", "subjects", {"reposition": None}, SHOTS),
+    "flux": ("flux", "subjects", {}, SHOTS),
+    "flux-kept": ("flux", "subjects", {"reposition": None}, SHOTS),
+    "flux-resample": ("flux", "subjects", {"reposition": "resample"}, SHOTS),
     "unet": ("unet", "subjects", {"harmony": 0.0}, SHOTS),
+    "unet-resample": ("unet", "subjects", {"harmony": 0.0, "reposition": "resample"}, SHOTS),
     "unet-storydiffusion": ("unet", "storydiffusion", {"anchors": 2}, SHOTS),
     "sd3-scene": ("sd3", "scene", {"anchors": 2}, SHOTS),
 }
@@ -157,23 +160,26 @@ def test_narrow_banks_stay_near(sd3):
     assert np.abs(near - exact).mean() < 0.2 * np.abs(plain - exact).mean()
 
 
-def test_nobody_known_in_the_new_pictures_reads_nobody(sd3):
-    pipe, story, bank = sd3
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_nobody_known_in_the_new_pictures_reads_nobody(kind):
+    pipe, bank = wrapped(kind), ac.Bank()
+    story = pipe(CAST, EVERYBODY, bank=bank, **SIZES)
     found = pipe.more(story, NEW[1:2], bank=bank)
     assert (pixels(found.pictures[0]) == pixels(found.rehearsal.pictures[0])).all()
 
 
 def test_what_cannot_be_is_refused(sd3):
     pipe, story, bank = sd3
-    unet, flux = wrapped("unet"), wrapped("flux")
-    harmonized, moved = unet(CAST, SHOTS, **SIZES), flux(CAST, SHOTS, **SIZES)
+    unet = wrapped("unet")
+    harmonized = unet(CAST, SHOTS, **SIZES)
+    moved = pipe(CAST, EVERYBODY[:2], options={"reposition": "table"}, **SIZES)
     alone = pipe([BALL], SHOTS[:1], **SIZES)
     slow = pipe(CAST, EVERYBODY, **{**SIZES, "num_inference_steps": 3})
     three = pipe(CAST, EVERYBODY, options={"anchors": 3}, **SIZES)
     refused = [
         (lambda: pipe.keep(story, bank), ControlError, "not empty"),
         (lambda: unet.keep(harmonized, ac.Bank()), ControlError, "'harmonize' takes in outputs.*harmony=0"),
-        (lambda: flux.need(moved, ac.Bank()), ControlError, "'reposition' moves what is read.*reposition=None"),
+        (lambda: pipe.need(moved, ac.Bank()), ControlError, "'reposition' draws with subjects at.*reposition=None"),
         (lambda: unet.more(harmonized, NEW, bank=bank), ControlError, "'harmonize' takes in outputs"),
         (lambda: pipe.keep(alone, ac.Bank()), ControlError, "pictures read nobody"),
         (lambda: pipe.more(three, NEW, bank=bank), ControlError, "read 3 of its pictures, and the bank holds 1"),

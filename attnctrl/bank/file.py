@@ -43,7 +43,7 @@ def save(bank: Bank, path: str | Path) -> Path:
         tensors |= {f"{name}|{part}": one for part in _FURTHER if (one := getattr(packed, part)) is not None}
     places = []
     for number, ((frame, picture), held) in enumerate(bank.places.items()):
-        places.append({"frame": frame, "picture": picture, "grid": held.grid, "names": held.names})
+        places.append({"frame": frame, "picture": picture, "grid": held.grid, "names": held.names, "boxes": held.boxes})
         tensors |= {f"place|{number}|tokens": held.tokens, f"place|{number}|member": held.member}
     told = {
         "format": FORMAT,
@@ -94,7 +94,8 @@ def _filled(bank: Bank, told: dict[str, Any], tensors: dict[str, Tensor]) -> Ban
     bank.queries, bank.texts = bool(told.get("queries", False)), bool(told.get("texts", False))
     for number, place in enumerate(told["places"]):
         index, member = (tensors.pop(f"place|{number}|{part}").cpu() for part in ("tokens", "member"))
-        held = Held(tuple(place["grid"]), index, tuple(place["names"]), member)
+        boxes = tuple(map(tuple, place.get("boxes", ())))
+        held = Held(tuple(place["grid"]), index, tuple(place["names"]), member, boxes)
         bank.places[place["frame"], place["picture"]] = held
     further = {name: tensors.pop(name) for name in list(tensors) if name.endswith(tuple(f"|{x}" for x in _FURTHER))}
     found: dict[Entry, Packed] = {}

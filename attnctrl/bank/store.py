@@ -64,16 +64,18 @@ class Held:
         tokens: int64 [n], those that are kept, in raster order.
         names: of regions.
         member: bool [names, n].
+        boxes: (x0, y0, x1, y1) around each region, as shares of the picture; () where that was not kept.
     """
 
     grid: Grid
     tokens: Tensor
     names: tuple[str, ...]
     member: Tensor
+    boxes: tuple[tuple[float, ...], ...] = ()
 
     def same_as(self, other: Held) -> bool:
-        """The same tokens, held by regions of the same names."""
-        alike = (self.grid, self.names) == (other.grid, other.names)
+        """The same tokens, held by regions of the same names and places."""
+        alike = (self.grid, self.names, self.boxes) == (other.grid, other.names, other.boxes)
         return alike and torch.equal(self.tokens, other.tokens) and torch.equal(self.member, other.member)
 
 

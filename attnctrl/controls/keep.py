@@ -122,8 +122,7 @@ class Keep(Regional):
             for number, branch, image in rows:
                 frame, key = view.frames[number][layer.frame], (layer.frame, number)
                 if key not in held:
-                    names, member = view.holders(number, layer.frame)
-                    held[key] = held_of(self.tokens, frame.keys.grid, names, member)
+                    held[key] = held_of(self.tokens, frame.keys.grid, *view.holders(number, layer.frame))
                 entry = Entry(layer.name, step, branch, image)
                 places = view.places(number, layer.frame) if self.moments else None
                 captures.append(
@@ -151,8 +150,11 @@ def is_kept_layer(frame: Frame) -> bool:
     return "image" in frame.queries and "image" in frame.keys
 
 
-def held_of(tokens: Tokens, grid: Grid, names: tuple[str, ...], member: Tensor) -> Held:
-    """Which tokens of a picture are kept; `member` bool [regions, image tokens] tells who holds them.
+def held_of(
+    tokens: Tokens, grid: Grid, names: tuple[str, ...], member: Tensor, boxes: tuple[tuple[float, ...], ...] = ()
+) -> Held:
+    """Which tokens of a picture are kept; `member` bool [regions, image tokens] tells who holds them, and `boxes` (x0,
+    y0, x1, y1) where these regions are, as shares of the picture.
 
     Raises:
         LayoutError: when subjects are asked for and there are none.
@@ -165,7 +167,7 @@ def held_of(tokens: Tokens, grid: Grid, names: tuple[str, ...], member: Tensor) 
     subject = member.any(0)
     wanted = {"all": torch.ones_like(subject), "subject": subject, "background": ~subject}[tokens]
     index = wanted.nonzero().flatten()
-    return Held(grid, index, names, member[:, index])
+    return Held(grid, index, names, member[:, index], boxes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ them, so a subject that is shared is moved and scaled to its new place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..call import Situation
 from ..errors import ControlError, UnsupportedModelError
 from ..fitting import Box, Fit, Fitting, around, fitted, repeats, token_box
-from ..region import Region, extent
+from ..region import extent
 from ..rotary import Rotary
 from ..sources import Move
 from ..visibility import Visibility
@@ -41,7 +41,7 @@ class Reposition(Control):
     where r and t are the middles of the subject's region there and here, s = size here / size there, in tokens, and g
     is `strength`. It needs a `Share` in the same layers, and regions, which any control of the stack declares; subjects
     are the same where their regions have the same name, and the first region of a name counts. Subjects without a
-    namesake stay where they are, with a warning.
+    namesake stay where they are, with a warning. Pictures of a bank are moved like others, but for "table".
 
     Attributes:
         mode: "rope" turns keys on, by fractions of a token as well, in models with rotary positions. "table", in models
@@ -70,7 +70,7 @@ class Reposition(Control):
         self._check_choice("fit", Fit)
 
     def move(self, situation: Situation, other: int, rotary: Rotary | None) -> Move | None:
-        if self.mode != "rope" or situation.stored:
+        if self.mode != "rope":
             return None
         if rotary is None or not {"y", "x"} <= set(rotary.axes):
             raise UnsupportedModelError(
@@ -95,8 +95,7 @@ class Reposition(Control):
     def _shift(self, situation: Situation, other: int) -> Tensor:
         """float64 [image tokens, 2]: how far, (y, x) in tokens, those of another picture go."""
         self._tell_unmoved(situation, other)
-        cells = torch.cartesian_prod(*map(torch.arange, _grid(situation)))
-        places = cells.repeat(situation.shared[other].shape[1] // len(cells), 1)
+        places = _cells(situation, other)
         shift = torch.zeros(len(places), 2, dtype=torch.float64)
         for held, fitting in self._fittings(situation, other, _extents):
             shift[held] = self.strength * fitting.shift(places[held])
@@ -105,12 +104,18 @@ class Reposition(Control):
     def visibility(self, situation: Situation, own: frozenset[int]) -> Visibility | None:
         if not situation.shared:
             return None
-        if situation.stored:
+        if situation.stored and self.mode == "table":
             raise ControlError(
-                f"'{self.name}' moves subjects of pictures of the batch, and where those of a bank stood is not "
-                "known. Leave it out, or draw the pictures in one batch."
+                f"'{self.name}': mode='table' draws the picture that is read with its subjects elsewhere, and those of "
+                "a bank are drawn. Leave it out, or draw the pictures in one batch."
             )
-        if not situation.regions and not any(situation.others.values()):
+        if any(held.names and not held.boxes for held in situation.stored):
+            raise ControlError(
+                f"'{self.name}': this bank does not tell where its subjects stood, as earlier versions kept none of "
+                "it. Capture it anew, or leave this out."
+            )
+        known = situation.regions or any(situation.others.values()) or any(held.names for held in situation.stored)
+        if not known:
             raise ControlError(
                 f"'{self.name}' moves subjects, but no control of the stack declares regions, so nothing tells where "
                 "they are. Give `Share` regions=[...], one list per picture."
@@ -135,17 +140,16 @@ class Reposition(Control):
 
     def _multiplicity(self, situation: Situation, other: int) -> Tensor:
         """float64 [image tokens]: how often resizing a subject's box of tokens to its namesake's would take each."""
-        height, width = _grid(situation)
-        weight = torch.ones(situation.shared[other].shape[1] // (height * width), height, width, dtype=torch.float64)
+        cells = _cells(situation, other)
+        weight = torch.ones(len(cells), dtype=torch.float64)
         for held, fitting in self._fittings(situation, other, _boxes):
-            x0, y0, x1, y1 = map(int, token_box(held, _grid(situation)))
+            x0, y0, x1, y1 = map(int, _around_cells(cells[held]))
             rows, columns = (
-                repeats(cells, scale) for cells, scale in zip((y1 - y0, x1 - x0), fitting.scale, strict=True)
+                repeats(side, scale) for side, scale in zip((y1 - y0, x1 - x0), fitting.scale, strict=True)
             )
-            taken = torch.ones_like(weight)
-            taken[:, y0:y1, x0:x1] = torch.outer(rows, columns).double()
-            weight = torch.where(held.view_as(weight), taken, weight)
-        return weight.flatten()
+            taken = torch.outer(rows, columns).double()
+            weight[held] = taken[cells[held, 0] - y0, cells[held, 1] - x0]
+        return weight
 
     def _fittings(
         self, situation: Situation, other: int, boxes: Callable[[Situation, int, int], tuple[Box, Box]]
@@ -158,7 +162,7 @@ class Reposition(Control):
 
     def _tell_unmoved(self, situation: Situation, other: int) -> None:
         here = {region.label for region in situation.regions}
-        if lacking := [region.label for region in situation.others[other] if region.label not in here]:
+        if lacking := [name for name in _names(situation, other) if name not in here]:
             warnings.warn(
                 f"'{self.name}': picture {other} has the regions {', '.join(lacking)}, which picture "
                 f"{situation.line.image} has not: as far as it reads them, they stay where they are. Give regions of "
@@ -176,24 +180,50 @@ _WEIGHTS: Mapping[Mode, Callable[[Reposition, Situation, int], Tensor]] = {
 
 
 def _grid(situation: Situation) -> tuple[int, int]:
-    height, width = situation.frame.keys.grid[-2:]
+    """Of the picture that reads; those that are read have the same."""
+    height, width = situation.frame.queries.grid[-2:]
     return height, width
+
+
+def _cells(situation: Situation, other: int) -> Tensor:
+    """int64 [tokens of another picture that are there, 2]: their rows and columns; the same in all frames of a film."""
+    height, width = _grid(situation)
+    tokens = situation.stored[other].tokens if situation.stored else torch.arange(situation.shared[other].shape[1])
+    inside = tokens % (height * width)
+    return torch.stack([inside // width, inside % width], dim=1)
+
+
+def _names(situation: Situation, other: int) -> list[str]:
+    """Of the regions of another picture."""
+    if situation.stored:
+        return list(situation.stored[other].names)
+    return [region.label for region in situation.others[other]]
 
 
 def _extents(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
     """The boxes around a subject in another picture and here, in tokens, as exactly as its regions tell."""
     height, width = _grid(situation)
 
-    def scaled(region: Region) -> Box:
-        x0, y0, x1, y1 = extent(region)
+    def scaled(box: Sequence[float]) -> Box:
+        x0, y0, x1, y1 = box
         return x0 * width, y0 * height, x1 * width, y1 * height
 
     here = situation.regions[number]
-    there = [scaled(region) for region in situation.others[other] if region.label == here.label]
-    return around(there), scaled(here)
+    if situation.stored:
+        boxes: Sequence[Sequence[float]] = situation.stored[other].boxes
+    else:
+        boxes = [extent(region) for region in situation.others[other]]
+    named = zip(_names(situation, other), boxes, strict=True)
+    return around([scaled(box) for name, box in named if name == here.label]), scaled(extent(here))
 
 
 def _boxes(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
     """The same of the tokens that are a subject's."""
-    held = situation.shared[other][number], situation.member[number]
-    return token_box(held[0], _grid(situation)), token_box(held[1], _grid(situation))
+    held = situation.shared[other][number]
+    return _around_cells(_cells(situation, other)[held]), token_box(situation.member[number], _grid(situation))
+
+
+def _around_cells(cells: Tensor) -> Box:
+    """The box around cells int64 [n, 2] (row, column), in tokens."""
+    (y0, x0), (y1, x1) = cells.amin(0).tolist(), (cells.amax(0) + 1).tolist()
+    return x0, y0, x1, y1
