@@ -255,11 +255,13 @@ PRESETS: Mapping[str, Callable[..., list[Control]]] = {
 
 
 STYLES: Mapping[str, Mapping[str, Any]] = {
-    "flux": {"positions": "apart", "weight": 0.3, "match": ()},
+    "flux": {"positions": "apart", "weight": 0.8, "match": (), "window": (0.2, 1.0)},
     "sd3": {"match": ()},
+    "unet": {"match": ()},
 }
 """By family: what `ShareStyle` does where nobody says, as far as it was measured. On FLUX the anchor is copied where it
-stands on the pictures' places, and where texts read it. On SD3 keys alone bring sets together, and AdaIN harmed."""
+stands on the pictures' places, where texts read it, and where its keys are read from the first steps on. On SD3 and
+UNets keys alone bring sets together, and AdaIN does not."""
 
 
 def style(pipe: Any, **fields: Any) -> list[Control]:
