@@ -232,8 +232,8 @@ class Stack(Situations):
             if move is not None and move.turn is not None and held.grid != grid:
                 raise ControlError(
                     f"'{sharing.name}': pictures of the bank have a grid of {by(held.grid)} tokens and this one "
-                    f"{by(grid or ())}, so they do not stand side by side. Leave positions='keep', or capture this "
-                    "size."
+                    f"{by(grid or ())}, so their keys cannot be turned to places here. Leave positions='keep' and "
+                    "Reposition out, or capture this size."
                 )
         # where each token goes its own way, that is of the tokens which the bank holds
         moves = tuple(

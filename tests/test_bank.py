@@ -62,7 +62,7 @@ def test_moved_keys_are_those_of_the_joint_batch() -> None:
     bank = captured(pipe, range(2), [ac.Share(positions="apart")])
     close(run(pipe, range(2, 3), ac.Share(bank=bank, positions="apart")), joint[2:])
     assert (run(pipe, range(2, 3), ac.Share(bank=bank)) - joint[2:]).abs().max() > 1e-4
-    with pytest.raises(ac.ControlError, match="side by side"):
+    with pytest.raises(ac.ControlError, match="cannot be turned to places here"):
         run(pipe, range(2, 3), ac.Share(bank=bank, positions="apart"), width=16)
 
 

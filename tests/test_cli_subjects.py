@@ -68,9 +68,34 @@ def test_cast_and_shots_may_be_options(folder, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
 
 
+def test_a_story_goes_on_by_what_was_kept_of_it(folder, tmp_path, capsys):
+    bank, device = str(tmp_path / "cast.safetensors"), ["--device", "cpu", "--format", "json"]
+    assert run(["subjects", str(folder / "two.yaml"), "--keep", bank, "-o", str(tmp_path), *device]) == 0
+    assert json.loads(capsys.readouterr().out)["bank"] == bank
+    model, before = ["--model", str(folder / "tiny")], sorted(path.name for path in tmp_path.iterdir())
+    more = ["subjects", "--more", str(tmp_path / "two-1.png"), "--bank", bank, "--shot", "{box} right, {ball} left"]
+    assert run([*more, "--seed", "4", "-o", str(tmp_path / "later"), *model, *device]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["images"]
+    assert (told["prompt"], told["seed"]) == ("a blue square right, a red circle left", 4)
+    later = tmp_path / "later" / "more-0.png"
+    assert sorted(path.name for path in later.parent.iterdir()) == ["more-0.png", "more-sheet.png"]
+    assert run(["replay", str(later), "--bank", bank, *model, "--format", "quiet"]) == 0
+    assert capsys.readouterr().out == "true\n"
+    assert run(["replay", str(later), *model]) == 2
+    assert "none was given" in capsys.readouterr().err
+    assert run([*more, "--shot", "{cat}", "-o", str(tmp_path / "never"), *model]) == 2
+    assert "'cat' is not in the cast" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "later"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--more", "a.png", "--shot", "x"], "--bank what was kept of it; give both"),
+        (["two.yaml", "--bank", "x.safetensors"], "give both"),
+        (["--more", "a.png", "--bank", "b", "--shot", "x", "--steps", "3"], "keeps its own; leave --steps out"),
+        (["--more", "a.png", "--bank", "b"], "say what the new pictures show"),
+        (["--more", "two.yaml", "--bank", "b", "--shot", "x"], "two.yaml"),
         ([], "give a story file, or at least one --cast and one --shot"),
         (["--cast", "ball", "--shot", "x"], "'ball' is no character; write name=description"),
         (["--cast", "b=x", "--cast", "b=y", "--shot", "x"], "two characters have one name"),

@@ -84,6 +84,9 @@ def replay(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep the picture that was made again, as this PNG.")
     ] = None,
+    bank: Annotated[
+        Path | None, typer.Option("--bank", "-b", help="The file of what the picture read, if a bank held it.")
+    ] = None,
     form: FormatOption = Format.human,
     model: ModelOption = None,
     loading: Loading = Loading(),
@@ -108,17 +111,21 @@ def replay(
     scene, record = restore(image)
     found, setup = model_for(scene, image, model), loading.setup(record, image.parent)
     hush()
+    from attnctrl.bank import Bank
     from attnctrl.pipelines import MultiSubjectPipeline, ScenePipeline, StylePipeline
 
     kind: Any = MultiSubjectPipeline if "story" in record else StylePipeline if "set" in record else ScenePipeline
+    if bank is not None and kind is ScenePipeline:
+        raise typer.BadParameter(f"{image} is of no story and no set, so it read no bank.", param_hint="--bank")
     pipe = load(found, loading, kind, loading.dtype_of(record), setup)
+    held = None if bank is None else Bank.load(bank, pipe.pipe)
     with progress_bar(f"replay {image.stem}", form) as advance, _threads_of(record):
         if kind is ScenePipeline:
             again = pipe(scene, controlled=bool(record.get("controlled", True)), progress=advance)[0]
         else:
             # a set in the style of a picture carries it
             files = {"files": carried(image)} if kind is StylePipeline else {}
-            again = pipe.again(record, advance, **files)
+            again = pipe.again(record, advance, bank=held, **files)
     with Image.open(image) as opened:
         before, after = np.asarray(opened.convert("RGB"), int), np.asarray(again.image.convert("RGB"), int)
     same = before.shape == after.shape and bool((before == after).all())
