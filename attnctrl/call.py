@@ -207,7 +207,10 @@ def _weighted(visibility: Visibility, share: Tensor) -> Pass:
 
 
 class Probe(Protocol):
-    """What watches the kernel calls of a layer; it gets the very tensors that the kernel gets and must not write."""
+    """What watches the kernel calls of a layer; it gets the very tensors that the kernel gets and must not write.
+
+    One that has `executed(out)` is given what attention gave out [B, H, Tq, D] too, before any control's output.
+    """
 
     def look(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, scale: float | None
@@ -255,7 +258,8 @@ class Act:
     @property
     def stored(self) -> tuple[Recalled, ...]:
         """What is read of banks."""
-        held: list[Any] = [*self.sources, *(edit for _, edits in self.contents for edit in edits)]
+        contents = (edit for _, edits in self.contents for edit in edits)
+        held: list[Any] = [*self.sources, *contents, *(edit for *_, edits in self.outputs for edit in edits)]
         return tuple(one for one in held if isinstance(one, Recalled))
 
     def at(self, layer: str, moment: Moment) -> Act:
@@ -268,7 +272,10 @@ class Act:
         made = copy.copy(self)
         made.sources = tuple(placed.get(id(one), one) for one in self.sources)
         made.contents = tuple((rows, tuple(placed.get(id(one), one) for one in edits)) for rows, edits in self.contents)
-        made.outputs = tuple((rows, part, placed.get(id(one), one), edits) for rows, part, one, edits in self.outputs)
+        made.outputs = tuple(
+            (rows, part, placed.get(id(one), one), tuple(placed.get(id(edit), edit) for edit in edits))
+            for rows, part, one, edits in self.outputs
+        )
         return made
 
     def watched(self, probes: Sequence[Probe]) -> Act:
@@ -323,13 +330,26 @@ class Act:
         run, batch = partial(_run_part, kernel), States(query, key, value)
         if self._split and self.contents and not self.outputs:
             # a set of rows after the other, so that no more than one of them is there twice
-            return self._in_parts(run, batch, batch, [edits for _, edits in self.contents], mask, scale)
+            out = self._in_parts(run, batch, batch, [edits for _, edits in self.contents], mask, scale)
+            self.tell(out)
+            return out
         own = changed(self.contents, batch)
-        if overwritten(self.outputs):
+        if overwritten(self.outputs) and not self._asked:
             out = query.new_empty(()).expand(*query.shape[:3], value.shape[-1])
         else:
             out = self._in_parts(run, own, batch, [()] * len(self.parts), mask, scale)
+            self.tell(out)
         return edited(self.outputs, out, own, (key, value), mask, run, scale)
+
+    @property
+    def _asked(self) -> list[Callable[[Tensor], None]]:
+        """Those of the probes that want what attention gives out."""
+        return [told for probe in self.probes if (told := getattr(probe, "executed", None)) is not None]
+
+    def tell(self, out: Tensor) -> None:
+        """Tell the probes that want it what attention gave out [B, H, Tq, D]."""
+        for told in self._asked:
+            told(out)
 
     def _in_parts(
         self,

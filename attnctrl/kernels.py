@@ -211,7 +211,11 @@ def _meet_dispatched(frame: list[Any], name: str, original: Callable[..., Tensor
     query, key, value = (call[part].transpose(1, 2) for part in ("query", "key", "value"))
     for probe in act.probes:
         probe.look(query, key, value, mask, kernel, scale)
-    return act.run(query, key, value, mask, kernel, scale).transpose(1, 2) if act.parts else original(**call)
+    if act.parts:
+        return act.run(query, key, value, mask, kernel, scale).transpose(1, 2)
+    out = original(**call)
+    act.tell(out.transpose(1, 2))
+    return out
 
 
 known_maskless: set[str] = set()
@@ -262,7 +266,9 @@ def _met_functional() -> types.ModuleType:
             probe.look(query, key, value, attn_mask, kernel, scale)
         if act.parts:
             return act.run(query, key, value, attn_mask, kernel, scale)
-        return original(query, key, value, attn_mask, *args, **call)
+        out = original(query, key, value, attn_mask, *args, **call)
+        act.tell(out)
+        return out
 
     copy.scaled_dot_product_attention = met  # type: ignore[attr-defined]
     return copy

@@ -212,8 +212,11 @@ class Situations(Declared):
     def told_to(self, control: Control, variant: Variant, frame: str) -> Situation:
         """What a control is told for its output: of the other pictures too, where it compares them."""
         line, seen = variant.line, variant.frames[frame]
-        apart = not control.compares or "image" not in seen.queries or "image" not in seen.keys
-        return self.situation(variant, frame, () if apart else control.reads(line.image, line.images))
+        if not control.compares or "image" not in seen.queries or "image" not in seen.keys:
+            return self.situation(variant, frame)
+        if control.recalls is not None:
+            return self.situation(variant, frame, tuple(range(control.recalls.pictures)), control.recalls)
+        return self.situation(variant, frame, control.reads(line.image, line.images))
 
 
 def _selected(layers: Sequence[Layer], control: Control, presets: Presets) -> tuple[Layer, ...]:

@@ -112,8 +112,9 @@ class Stack(Situations):
         banks = tuple(one.recalls.version for one in joint if one.recalls is not None)
         stored = (checked_branch(row.branch), banks) if banks else None
         draw = 1 + (moment.step or 0) if any(one.draws for one in joint) else 0
-        # rows that share pictures of banks alone read the same
-        place = (0, 1) if all(one.shares and one.recalls is not None for one in joint) else (row.image, images)
+        # rows that take in pictures of banks alone take in the same
+        alike = all((one.shares or one.compares) and one.recalls is not None for one in joint)
+        place = (0, 1) if alike else (row.image, images)
         return Line(row.sample, active, *place, draw, stored)
 
     def recalling(self, active: Sequence[int]) -> tuple[Control, ...]:

@@ -1,6 +1,6 @@
 """A cast in a bank: what later pictures read of a story's first ones, without drawing those again.
 
-Kept is what the controls of the story share, in their layers, steps and branches; what the pictures that read the bank
+Kept is what the controls of the story share and take in, in their layers, steps and branches; what the pictures that read the bank
 look like is what they look like beside the story's, to rounding.
 """
 
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from attnctrl.controls import Keep, Reposition, Share
+from attnctrl.controls import Harmonize, Keep, Reposition, Share
 from attnctrl.errors import ControlError
 
 if TYPE_CHECKING:
     from attnctrl.bank import Bank
     from attnctrl.controls import Control
     from attnctrl.region import Region
+    from attnctrl.schedule import Window
 
 __all__ = ["keeps", "reading", "same_bank"]
 
@@ -35,7 +36,7 @@ def keeps(acting: Sequence[Control], regions: Sequence[Sequence[Region]], pictur
     """
     if bank.entries:
         raise ControlError(f"The bank is not empty ({bank!r}); give a new one, or clear() it.")
-    told: dict[str, Any] = {"bank": bank, "pictures": pictures}
+    told: dict[str, Any] = {"bank": bank, "pictures": pictures, "outputs": _harmonized(acting)}
     scenes = [list(own) for own in regions]
     return [
         Keep(
@@ -57,7 +58,7 @@ def reading(acting: Sequence[Control], bank: Bank, pictures: int) -> list[Contro
     Raises:
         ControlError: the bank holds others, or one of the controls needs the pictures themselves.
     """
-    sharing = _sharing(acting)
+    sharing: list[Control] = [*_sharing(acting), *(one for one in acting if isinstance(one, Harmonize))]
     if bank.pictures != pictures:
         raise ControlError(
             f"New pictures of this story read {pictures} of its pictures, and the bank holds {bank.pictures} "
@@ -65,7 +66,7 @@ def reading(acting: Sequence[Control], bank: Bank, pictures: int) -> list[Contro
         )
     alone: dict[str, Any] = {"bank": bank, "readers": Share.readers, "anchors": Share.anchors, "group": None}
     # where nobody is in any picture, there is nobody to read as
-    idle = [one for one in sharing if one.queries != "all" and not any(one.scenes)]
+    idle = [one for one in sharing if getattr(one, "queries", "same") != "all" and not any(one.scenes)]
     left = [one for one in acting if one not in idle and not (one.follows and len(idle) == len(sharing))]
     return [replace(one, **alone) if one in sharing else one for one in left]
 
@@ -82,17 +83,24 @@ def same_bank(digest: str, bank: Bank | None) -> Bank:
     return bank
 
 
+def _harmonized(acting: Sequence[Control]) -> Window | None:
+    """When outputs are taken in. Raises `ControlError` where that is told twice."""
+    windows = {one.window for one in acting if isinstance(one, Harmonize)}
+    if len(windows) > 1:
+        raise ControlError(
+            "Outputs are taken in at two windows, and a bank keeps them at one. Leave one Harmonize out."
+        )
+    return next(iter(windows), None)
+
+
 def _sharing(acting: Sequence[Control]) -> list[Share]:
     """The controls by which pictures are shared. Raises `ControlError` where some need more than a bank holds."""
-    for one in acting:
-        exchanging = isinstance(one, Reposition) and one.exchanges
-        if one.compares or exchanging:
-            reason = "takes in outputs of" if one.compares else "draws with subjects at other places"
-            option = "harmony=0" if one.compares else "reposition=None"
-            raise ControlError(
-                f"'{one.name}' {reason} the story's pictures, of which a bank holds keys and values alone. Draw the "
-                f"story without it (preset 'subjects': options={option}), or go on without a bank."
-            )
+    if any(isinstance(one, Reposition) and one.exchanges for one in acting):
+        raise ControlError(
+            "'reposition' with mode='table' draws the story's pictures with subjects at other places for each that "
+            "reads them, and those of a bank are drawn. Draw the story without it (preset 'subjects': options "
+            "reposition=None), or go on without a bank."
+        )
     found = [one for one in acting if isinstance(one, Share)]
     if not found:
         raise ControlError("No control of this story shares pictures, so there is nothing to keep in a bank.")

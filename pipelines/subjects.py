@@ -150,7 +150,7 @@ class MultiSubjectPipeline(Wrapper):
         """Draw the pictures of a story that new shots read once more, and keep in a bank what is read of them.
 
         Kept are keys and values of the tokens that the story's controls share, in their layers, steps and branches,
-        with the names of the characters; `need` tells the size before.
+        with the names and places of the characters, and the outputs that `Harmonize` takes in; `need` tells the size.
 
         Args:
             bank: an empty one, which says in which dtype and where; `bank.save` writes it.
@@ -158,7 +158,7 @@ class MultiSubjectPipeline(Wrapper):
 
         Raises:
             ControlError: the bank holds something, the story's pictures read nobody, or its controls take more of them
-                than a bank holds (`Harmonize`, `Reposition`).
+                than a bank holds (`Reposition(mode="table")`).
         """
         from attnctrl.pipelines.castbank import keeps
 

@@ -29,7 +29,11 @@ STORIES = {
     "flux": ("flux", "subjects", {}, SHOTS),
     "flux-kept": ("flux", "subjects", {"reposition": None}, SHOTS),
     "flux-resample": ("flux", "subjects", {"reposition": "resample"}, SHOTS),
-    "unet": ("unet", "subjects", {"harmony": 0.0}, SHOTS),
+    "unet": ("unet", "subjects", {}, SHOTS),
+    "unet-keys": ("unet", "subjects", {"harmony": 0.0}, SHOTS),
+    "unet-consistory": ("unet", "consistory", {}, SHOTS),
+    "sd3-storysync": ("sd3", "storysync", {}, SHOTS),
+    "sd3-harmony": ("sd3", "subjects", {"harmony": 0.5}, EVERYBODY),
     "unet-resample": ("unet", "subjects", {"harmony": 0.0, "reposition": "resample"}, SHOTS),
     "unet-storydiffusion": ("unet", "storydiffusion", {"anchors": 2}, SHOTS),
     "sd3-scene": ("sd3", "scene", {"anchors": 2}, SHOTS),
@@ -83,7 +87,8 @@ def test_new_pictures_are_those_beside_the_storys(name):
         beside = pipe.more(story, NEW)
     with outputs(pipe) as alone:
         found = pipe.more(story, NEW, bank=bank)
-    assert len(joint) == len(alone) == 4
+    # plain queries cost a forward more
+    assert len(joint) == len(alone) == 4 + (name == "unet-consistory")
     for one, two in zip(joint[2:], alone[2:], strict=True):
         branches = len(two) // 3
         assert len(one) == branches * (story.anchors + 3)
@@ -139,6 +144,19 @@ def test_records_name_the_bank_and_pictures_are_drawn_again_to_the_bit(sd3, tmp_
         pipe.again(record, bank=other)
 
 
+@pytest.mark.parametrize("dtype", [None, "float8"])
+def test_outputs_travel_with_the_file(dtype, tmp_path):
+    """Of a UNet, which takes in outputs by default: kept in the window of that alone, and told before."""
+    pipe, bank = wrapped("unet"), ac.Bank(dtype)
+    story = pipe(CAST, SHOTS, bank=bank, **SIZES)
+    assert pipe.need(story, ac.Bank(dtype)) == bank.nbytes
+    kept = {entry.step: packed.output is not None for entry, packed in bank.entries.items()}
+    assert kept == {0: True, 1: False}
+    loaded = ac.Bank.load(bank.save(tmp_path / "cast.safetensors"))
+    first, second = (pixels(pipe.more(story, NEW[:1], bank=one).pictures[0]) for one in (bank, loaded))
+    assert (first == second).all()
+
+
 @pytest.mark.parametrize("kind", ["sd3", "unet"])
 def test_a_new_picture_without_a_bank_is_drawn_again_as_well(kind, tmp_path):
     """Its record says who is read, also where all of the story read each other."""
@@ -170,17 +188,15 @@ def test_nobody_known_in_the_new_pictures_reads_nobody(kind):
 
 def test_what_cannot_be_is_refused(sd3):
     pipe, story, bank = sd3
-    unet = wrapped("unet")
-    harmonized = unet(CAST, SHOTS, **SIZES)
     moved = pipe(CAST, EVERYBODY[:2], options={"reposition": "table"}, **SIZES)
     alone = pipe([BALL], SHOTS[:1], **SIZES)
+    harmonized = pipe(CAST, EVERYBODY, options={"harmony": 0.5}, **SIZES)
     slow = pipe(CAST, EVERYBODY, **{**SIZES, "num_inference_steps": 3})
     three = pipe(CAST, EVERYBODY, options={"anchors": 3}, **SIZES)
     refused = [
         (lambda: pipe.keep(story, bank), ControlError, "not empty"),
-        (lambda: unet.keep(harmonized, ac.Bank()), ControlError, "'harmonize' takes in outputs.*harmony=0"),
-        (lambda: pipe.need(moved, ac.Bank()), ControlError, "'reposition' draws with subjects at.*reposition=None"),
-        (lambda: unet.more(harmonized, NEW, bank=bank), ControlError, "'harmonize' takes in outputs"),
+        (lambda: pipe.need(moved, ac.Bank()), ControlError, "mode='table' draws the story's.*reposition=None"),
+        (lambda: pipe.more(harmonized, NEW, bank=bank), ControlError, "no outputs of attention at this step"),
         (lambda: pipe.keep(alone, ac.Bank()), ControlError, "pictures read nobody"),
         (lambda: pipe.more(three, NEW, bank=bank), ControlError, "read 3 of its pictures, and the bank holds 1"),
         (lambda: pipe.more(story, NEW, bank=ac.Bank()), ControlError, "the bank holds 0"),

@@ -1,8 +1,8 @@
 """Banks as files: one safetensors file, with a JSON header in its metadata. No pickles; whole or not at all.
 
-Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8, "|moments" and "|query" where
-they are kept (of float8 "|query_scale"), "place|<number>|tokens" and "place|<number>|member" for the places that the
-header lists, and "sigmas" for the noise levels of the run.
+Tensors are named "<layer>|<step>|<branch>|<picture>", with "|scale" for those of float8, "|moments", "|query" and
+"|output" where these are kept (of float8 "|query_scale" and "|output_scale"), "place|<number>|tokens" and
+"place|<number>|member" for the places that the header lists, and "sigmas" for the noise levels of the run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
 _KEY = "attnctrl.bank"
-_FURTHER = ("scale", "moments", "query", "query_scale")
+_FURTHER = ("scale", "moments", "query", "query_scale", "output", "output_scale")
 """Of what is packed, beside the states."""
 _SIGMAS = "sigmas"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Packed:
             standard deviation of all image tokens before their positions; None where they are not kept.
         query, query_scale: [1, heads of queries, tokens, head_dim] and [1, heads of queries, 1, 1], as states and scale
             of the same tokens; None where they are not kept.
+        output, output_scale: [1, heads of queries, image tokens, head_dim] and its scale, what attention gave out at
+            the image tokens; None where it is not kept.
     """
 
     states: Tensor
@@ -41,11 +43,16 @@ class Packed:
     moments: Tensor | None = None
     query: Tensor | None = None
     query_scale: Tensor | None = None
+    output: Tensor | None = None
+    output_scale: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that are there."""
-        held = (self.states, self.scale, self.moments, self.query, self.query_scale)
+        held = (
+            *(self.states, self.scale, self.moments),
+            *(self.query, self.query_scale, self.output, self.output_scale),
+        )
         return tuple(one for one in held if one is not None)
 
     @property
@@ -85,6 +92,24 @@ class Packed:
                 "out of the states."
             )
         return _opened(self.query, self.query_scale, like)[0]
+
+    def opened_output(self, like: Tensor) -> Tensor:
+        """[heads of queries, image tokens, head_dim] in the dtype of `like`, where it is.
+
+        Raises:
+            ControlError: when they are not kept.
+        """
+        if self.output is None:
+            raise ControlError(
+                "The bank keeps keys and values, but no outputs of attention at this step, which Harmonize takes in. "
+                "Capture it with Keep(outputs=...) of the window in which it is read."
+            )
+        return _opened(self.output, self.output_scale, like)[0]
+
+    def with_output(self, output: Tensor, name: str | None, device: torch.device | str | None) -> Packed:
+        """The same with what attention gave out [heads, image tokens, head_dim], in the dtype of this name."""
+        states, scale = _narrowed([output], name, device)
+        return replace(self, output=states, output_scale=scale)
 
 
 def _opened(states: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Need:
     """What a capture will keep.
 
     Attributes:
-        nbytes: of keys and values, and of queries and moments where they are kept.
+        nbytes: of keys and values, and of queries, outputs and moments where they are kept.
         layers: number of layers.
         share: of their image tokens, the share that is kept, mean over layers and pictures.
         steps: those that are kept.
@@ -98,7 +98,8 @@ def predict(
         if layer.name in seat.layers and is_kept_layer(frames[layer.frame])
     ]
     keep.check_texts([frames[layer.frame] for layer in layers])
-    each, shares = 0, []
+    given = set() if keep.outputs is None else set(active_steps(keep.outputs, levels))
+    each, outputs, shares = 0, 0, []
     for layer in layers:
         channels, heads, queries = key_sizes(layer.module)
         told = moments_bytes(channels, queries, dtype) if keep.moments else 0
@@ -112,10 +113,12 @@ def predict(
             if keep.queries:
                 asking = len(kept_of(frames[layer.frame].queries, held, keep.texts))
                 each += packed_bytes(asking, queries, heads * queries // channels, *own)
+            outputs += packed_bytes(len(held.tokens), queries, heads * queries // channels, *own)
             shares.append(len(held.tokens) / torch.Size(tokens).numel())
     count = branches if keep.branch == "all" else 1
     share = sum(shares) / len(shares) if shares else 0.0
-    return Need(each * len(kept) * count, len(layers), share, kept, count, rows)
+    nbytes = (each * len(kept) + outputs * len([step for step in kept if step in given])) * count
+    return Need(nbytes, len(layers), share, kept, count, rows)
 
 
 def key_sizes(module: Any) -> tuple[int, int, int]:

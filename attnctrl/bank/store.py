@@ -219,6 +219,10 @@ class Bank:
             packed = replace(packed, moments=moments.to(packed.states.device))
         self.add(entry, packed)
 
+    def put_output(self, entry: Entry, output: Tensor) -> None:
+        """Keep what attention gave out [heads, image tokens, head_dim] at the tokens of an entry that is there."""
+        self.entries[entry] = self.entries[entry].with_output(output, self.dtype, self.device)
+
     def add(self, entry: Entry, packed: Packed) -> None:
         """Keep what is packed already."""
         self.entries[entry] = packed

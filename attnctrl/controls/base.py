@@ -84,7 +84,7 @@ class Control:
     follows: ClassVar[bool] = False
     """It changes what others share, and acts where they do, see `move`."""
     compares: ClassVar[bool] = False
-    """Its output takes in those of other pictures of the batch, see `reads`."""
+    """Its output takes in those of other pictures, see `reads` and `recalls`."""
     observes: ClassVar[bool] = False
     """It only watches kernel calls, see `probes`; no part of documents."""
     looks_ahead: ClassVar[bool] = False

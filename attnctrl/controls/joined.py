@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..bank import Bank
 from ..errors import ControlError
 from .regional import Regional
 
@@ -35,6 +36,14 @@ class Joined(Regional):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ControlError(f"'{self.name}': {name} must be a whole number from {least} on; found {value!r}.")
+
+    def _check_alone(self, bank: Bank | None) -> None:
+        """Raises `ControlError` when somebody of the batch is named to be read besides a bank."""
+        if bank is not None and (self.readers, self.group) != (type(self).readers, None):
+            raise ControlError(
+                f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
+                "group say nothing. Leave them out."
+            )
 
     def first(self, image: int) -> int:
         """The first picture of the group of a picture."""

@@ -21,6 +21,7 @@ from ..errors import ControlError, LayoutError, PlanError, ScheduleError, Unsupp
 from ..execute import Kernel
 from ..layout import Frame, Layout
 from ..region import Grid
+from ..schedule import Window, checked_window, is_active
 from ..select import Layer
 from ..watch import View
 from .base import CODE_ONLY, Branch
@@ -49,6 +50,8 @@ class Keep(Regional):
             positions, are kept as well: a style that `ShareStyle(bank=...)` matches. Little: of each layer as much as
             three tokens of float32.
         queries: queries of the same tokens are kept as well, for `Inject`.
+        outputs: the part of the run in which what attention gives out at these tokens is kept as well, for `Harmonize`;
+            None keeps none. Before any control's output, and without that of texts.
         texts: states of the model's own texts (and registers) are kept as well, where image tokens share a sequence
             with them; for `Inject(tokens="all")`.
     """
@@ -63,11 +66,14 @@ class Keep(Regional):
     moments: bool = field(default=False, kw_only=True)
     queries: bool = field(default=False, kw_only=True)
     texts: bool = field(default=False, kw_only=True)
+    outputs: Window | None = field(default=None, kw_only=True)
     branch: Branch = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("tokens", Tokens)
+        if self.outputs is not None:
+            object.__setattr__(self, "outputs", checked_window(self.outputs, self.name))
         if not isinstance(self.bank, Bank):
             raise ControlError(f"'{self.name}': bank must be a Bank; found {type(self.bank).__name__}.")
         for name in ("pictures", "every"):
@@ -115,6 +121,7 @@ class Keep(Regional):
         self.check_texts([view.frames[0][layer.frame] for layer in view.layers])
         held: dict[tuple[str, int], Held] = {}
         found: dict[str, Probe] = {}
+        kind = LayerCapture if self.outputs is None or not is_active(self.outputs, view.moment) else OutputCapture
         for layer in view.layers:
             if not is_kept_layer(view.frames[0][layer.frame]):
                 continue
@@ -128,7 +135,7 @@ class Keep(Regional):
                 captures.append(
                     Capture(view.rows.start + number, frame, entry, held[key], self.texts, self.moments, places)
                 )
-            found[layer.name] = LayerCapture(self.bank, layer, view.batch, tuple(captures))
+            found[layer.name] = kind(self.bank, layer, view.batch, tuple(captures))
         return found
 
     def check_texts(self, frames: Sequence[Frame]) -> None:
@@ -240,3 +247,14 @@ class LayerCapture:
                     "changes the sequence. Leave this layer out of its `layers`."
                 )
             self.bank.put(one.entry, self.layer.frame, one.held, *one.look(query, key, value))
+
+
+class OutputCapture(LayerCapture):
+    """The same, and what the layer gives out."""
+
+    @torch.no_grad()
+    def executed(self, out: Tensor) -> None:
+        """Keep what a call [B, heads, tokens, head_dim] gave out, beside what was kept of it."""
+        for one in self.captures:
+            tokens = kept_of(one.frame.queries, one.held, texts=False).to(out.device)
+            self.bank.put_output(one.entry, out[one.row].index_select(1, tokens))

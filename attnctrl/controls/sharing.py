@@ -106,11 +106,7 @@ class Share(Joined):
             raise ControlError(
                 f"'{self.name}': own={self.own:g} is of tokens that read others; leave query_ratio at 1."
             )
-        if self.bank is not None and (self.readers, self.group) != (type(self).readers, None):
-            raise ControlError(
-                f"'{self.name}': with a bank its pictures are read in place of others of the batch, so readers and "
-                "group say nothing. Leave them out."
-            )
+        self._check_alone(self.bank)
 
     @property
     def is_idle(self) -> bool:
