@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .act import Act
 from .bank import checked_branch
-from .call import Act, Blend, Row, Situation, build_plan
+from .call import Blend, Row, Situation, build_plan
 from .content import Content, RowContents, Standing
 from .controls.base import Control
 from .errors import ControlError

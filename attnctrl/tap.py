@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .call import Act
+from .act import Act
 from .errors import LayoutError, UnsupportedModelError
 from .guidance import copied
 from .kernels import clear_scopes, close_scope, enter, leave, open_scope, settle

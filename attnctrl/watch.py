@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .call import Act, Row
+from .act import Act
+from .call import Row
 from .content import Places
 from .errors import ControlError
 from .layout import Frames

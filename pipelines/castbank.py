@@ -1,7 +1,7 @@
 """A cast in a bank: what later pictures read of a story's first ones, without drawing those again.
 
-Kept is what the controls of the story share and take in, in their layers, steps and branches; what the pictures that read the bank
-look like is what they look like beside the story's, to rounding.
+Kept is what the controls of the story share and take in, in their layers, steps and branches; what the pictures that
+read the bank look like is what they look like beside the story's, to rounding.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from execute_tools import INF, Spy, formula, inputs, random_visibility
 from torch import Tensor
 
-from attnctrl.call import Act
+from attnctrl.act import Act
 from attnctrl.content import States, changed
 from attnctrl.errors import PlanError
 from attnctrl.execute import plan, sdpa

@@ -10,7 +10,7 @@ from execute_tools import random_visibility
 from torch import Tensor
 
 from attnctrl import perturb
-from attnctrl.call import Act
+from attnctrl.act import Act
 from attnctrl.controls.perturb import Kind, Perturbation
 from attnctrl.errors import ControlError
 from attnctrl.execute import as_bias, plan, sdpa

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor
 
+from ..act import Probe
 from ..bank import Bank
-from ..call import Blend, Probe, Situation
+from ..call import Blend, Situation
 from ..content import Content, Places
 from ..errors import ControlError
 from ..headset import HeadSet

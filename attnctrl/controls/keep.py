@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..act import Probe
 from ..bank import Bank, Entry, Held, checked_branch
 from ..bank.packing import joined
-from ..call import Probe
 from ..content import Places, States, moments_before
 from ..errors import ControlError, LayoutError, PlanError, ScheduleError, UnsupportedModelError
 from ..execute import Kernel

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..call import Act, per_sample
+from ..act import Act, per_sample
 from ..errors import PlanError
 from ..execute import Kernel, as_bias, sdpa
 from ..execute.tokens import add_bias

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..act import Probe
 from ..attach import Handle, attach, parts_of
-from ..call import Probe
 from ..controls.base import Control
 from ..errors import ControlError, LayoutError
 from ..families import family_of
