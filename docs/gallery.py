@@ -196,13 +196,13 @@ def style(steps: int | None) -> Plate:
     rows = {}
     for seed in (1, 21):
         for name, controls in (("prompt alone", []), ("shared style", None)):
-            pipe = wrapped(StylePipeline, "toy-sd")
+            pipe = wrapped(StylePipeline, "toy-sd3")
             made = pipe(prompts, controls=controls, seeds=seed, num_inference_steps=steps)
             rows[f"seeds from {seed}, {name}"] = [one.image for one in made]
     image = grid(list(rows.values()), list(rows), ["gives the style", "heart", "circle", "square"], side=SIDE)
     sets = list(rows.values())
     pairs = [pair for number in (0, 2) for pair in zip(sets[number][1:], sets[number + 1][1:], strict=True)]
-    return Plate(image, "toy-sd", pairs)
+    return Plate(image, "toy-sd3", pairs)
 
 
 def style_picture(steps: int | None) -> Plate:
@@ -212,7 +212,8 @@ def style_picture(steps: int | None) -> Plate:
     pipe = wrapped(StylePipeline, "toy-sd")
     told: dict[str, Any] = {"seeds": 4, "num_inference_steps": steps}
     plain = drawn("toy-sd", prompts, 4, [], steps)
-    made = pipe(prompts, picture=poster, picture_prompt="a yellow star center, white background, hatched style", **told)
+    told |= {"picture_prompt": "a yellow star center, white background, hatched style", "match": ("query", "key")}
+    made = pipe(prompts, picture=poster, **told)
     return sheet(
         "toy-sd",
         {"the picture": [poster] * 2, "prompt alone": plain, "in its style": [one.image for one in made]},
