@@ -136,7 +136,7 @@ CANVAS = {
 STYLE = {
     "keys shared on the same places (`match=()`)": "naive.",
     'keys beside the picture (`match=()`, `positions="apart"`)': "apart.",
-    "the same with `weight=0.3`: the default on FLUX": "",
+    "the same with `weight=0.8`, from a fifth of the run on: the default on FLUX": "",
     "AdaIN alone (`weight=0`)": "adain.",
     "`alignedgen` as published": "alignedgen.",
 }
@@ -269,9 +269,12 @@ TABLES: Mapping[str, Table | Each] = {
         ("{case}", "{tokens}", "{density:.2f}", "{of_dense:.2f} x", "{of_unmasked:.2f} x"),
     ),
     "guidance steps": Each(
-        ("model", "first perturbed layer", "guidance", "bound", "operations", "time", "time without replay"),
+        ("model", "first perturbed", "guidance", "bound", "operations", "bound in seconds", "time", "without replay"),
         "guidance-bench-cpu",
-        ("{family}", "{layer}", "{cfg}", "{bound:.2f}", "{flop_ratio:.2f}", "{step_ratio:.2f}", "{full_ratio:.2f}"),
+        (
+            *("{family}", "{layer}", "{cfg}", "{bound:.2f}", "{flop_ratio:.2f}"),
+            *("{bound_s:.2f}", "{step_ratio:.2f}", "{full_ratio:.2f}"),
+        ),
     ),
     "commands": Each(("file", "command"), "commands", ("`results/{file}`", "`{command}`")),
     "guidance": guidance({"toy-sd": "unet", "toy-sd3": "sd3", "toy-flux": "flux"}),
@@ -280,9 +283,28 @@ TABLES: Mapping[str, Table | Each] = {
         "heads-toy-sd3",
         ("`{layer}`", *(f"{{gains[{number}]:+.3f}}" for number in range(5))),
     ),
+    "heads rounds": Each(
+        ("round", "exhaustive", "gain", "halving", "gain there"),
+        "heads-rounds-toy-sd3",
+        (
+            "{round}",
+            "{exhaustive}",
+            "{gain:+.3f} ({error:.3f})",
+            "{halving}",
+            "{halving_gain:+.3f} ({halving_error:.3f})",
+        ),
+    ),
     "held-out heads toy-flux": held_out("heads-toy-flux"),
     "held-out heads toy-sd3": held_out("heads-confirm-toy-sd3"),
     "style toy-flux": style("toy-flux", STYLE),
+    "style toy-sd": style(
+        "toy-sd",
+        {
+            "keys shared (`match=()`): the default on UNets": "",
+            "AdaIN alone (`weight=0`)": "adain.",
+            "`style-aligned` as published": "style_aligned.",
+        },
+    ),
     "style toy-sd3": style("toy-sd3", {"keys shared (`match=()`): the default on SD3": ""}),
     "inversion": inversion("toy-flux", (10, 20, 40, 160)),
 }
