@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 OUT = Path(__file__).parent / "guidance-curve.png"
-MODELS = ("toy-sd", "toy-sd3")
+MODELS = ("toy-sd", "toy-sd3", "toy-flux")
 PANEL, GAP, TOP = (230, 170), 60, 70
 METRICS = {"binding": KINDS["A"], "frechet": KINDS["B"]}
 
