@@ -105,6 +105,12 @@ class Act:
         return made
 
     @property
+    def reads_banks(self) -> bool:
+        """Keys, queries or values of a bank take part in the kernel's calls."""
+        held: list[Any] = [*self.sources, *(edit for _, edits in self.contents for edit in edits)]
+        return any(isinstance(one, Recalled) for one in held)
+
+    @property
     def executors(self) -> tuple[str, ...]:
         """Names of the executors in use."""
         return tuple(sorted({part.executor for _, part in self.parts if part is not None}))
@@ -164,7 +170,8 @@ class Act:
     @property
     def _asked(self) -> list[Callable[[Tensor], None]]:
         """Those of the probes that want what attention gives out."""
-        return [told for probe in self.probes if (told := getattr(probe, "executed", None)) is not None]
+        # no names within the comprehension: compiled code cannot read them
+        return [probe.executed for probe in self.probes if hasattr(probe, "executed")]
 
     def tell(self, out: Tensor) -> None:
         """Tell the probes that want it what attention gave out [B, H, Tq, D]."""

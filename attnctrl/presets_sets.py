@@ -14,6 +14,7 @@ import torch
 from .attach import parts_of
 from .controls import Control, Harmonize, Isolate, PlainQueries, Regions, Reposition, Share
 from .controls.base import scenes_of
+from .controls.harmony import Features
 from .controls.reposition import Mode
 from .families import family_of
 from .region import Overlap, Region, coverage
@@ -49,6 +50,7 @@ def subjects(
     weight: float = 0.5,
     window: Window = (0.1, 1.0),
     harmony: float = 0.0,
+    features: Features = "value",
     apart: Window = (0.1, 0.5),
     reposition: Mode | None = None,
     anchors: int | None = None,
@@ -61,6 +63,7 @@ def subjects(
         weight: of the namesakes' tokens against the picture's own.
         window: of reading; what comes before it decides where things stand.
         harmony: strength of `Harmonize` on top, from a tenth of the run to six tenths; 0 is not there.
+        features: what `Harmonize` matches tokens by; "place" brings the namesake's pattern over as it lies on it.
         apart: of the isolation, which is there where some picture has several subjects.
         reposition: how what is read is moved to its namesake's place, see `Reposition`; None leaves it where it stands.
         anchors: so many pictures at the beginning are read; None lets all read each other.
@@ -75,7 +78,9 @@ def subjects(
     if reposition is not None:
         stack.append(Reposition(mode=reposition, layers="shared", window=window))
     if harmony:
-        stack.append(Harmonize(regions, strength=harmony, window=(0.1, 0.6), floor=0.5, **told))
+        # of tokens that lie upon each other the nearest one always counts
+        floor = 0.0 if features == "place" else 0.5
+        stack.append(Harmonize(regions, strength=harmony, features=features, window=(0.1, 0.6), floor=floor, **told))
     return stack
 
 
@@ -240,7 +245,7 @@ SETS: Mapping[str, Callable[..., list[Control]]] = {
 }
 
 CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    ("subjects", "unet"): {"weight": 2.0, "harmony": 0.8},
+    ("subjects", "unet"): {"weight": 2.0, "harmony": 0.8, "features": "place"},
     ("subjects", "flux"): {"reposition": "rope"},
     ("ir-diffusion", "unet"): {"portraits": 0.9},
 }
@@ -251,12 +256,12 @@ method where it can be followed."""
 def chosen_options(name: str, pipe: Any, leading: bool) -> dict[str, Any]:
     """The options with which a pipeline or model is given a preset unless its user says otherwise.
 
-    On models of joint attention, subjects that read one picture stayed themselves better than such that read all; that
-    needs a first picture with everybody in it.
+    Subjects that read one picture stayed themselves better than such that read all; that needs a first picture with
+    everybody in it.
 
     Args:
         leading: the first picture shows every subject.
     """
     family = family_of(parts_of(pipe)[0]).name
-    first = {"anchors": 1} if leading and name == "subjects" and family != "unet" else {}
+    first = {"anchors": 1} if leading and name == "subjects" else {}
     return {**first, **CHOSEN.get((name, family), {})}

@@ -116,6 +116,10 @@ class Stack(Situations):
         # rows that take in pictures of banks alone take in the same
         alike = all((one.shares or one.compares) and one.recalls is not None for one in joint)
         place = (0, 1) if alike else (row.image, images)
+        if alike and any(one.draws_readers for one in joint):
+            # behind those of the bank, as it would be in one batch with them
+            kept = max(one.recalls.pictures for one in joint if one.recalls is not None)
+            place = (kept + row.image, kept + images)
         return Line(row.sample, active, *place, draw, stored)
 
     def recalling(self, active: Sequence[int]) -> tuple[Control, ...]:

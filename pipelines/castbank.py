@@ -36,7 +36,9 @@ def keeps(acting: Sequence[Control], regions: Sequence[Sequence[Region]], pictur
     """
     if bank.entries:
         raise ControlError(f"The bank is not empty ({bank!r}); give a new one, or clear() it.")
+    harmonies = [one for one in acting if isinstance(one, Harmonize)]
     told: dict[str, Any] = {"bank": bank, "pictures": pictures, "outputs": _harmonized(acting)}
+    told["queries"] = any(one.features == "query" for one in harmonies)
     scenes = [list(own) for own in regions]
     return [
         Keep(
@@ -58,11 +60,17 @@ def reading(acting: Sequence[Control], bank: Bank, pictures: int) -> list[Contro
     Raises:
         ControlError: the bank holds others, or one of the controls needs the pictures themselves.
     """
-    sharing: list[Control] = [*_sharing(acting), *(one for one in acting if isinstance(one, Harmonize))]
+    harmonies = [one for one in acting if isinstance(one, Harmonize)]
+    sharing: list[Control] = [*_sharing(acting), *harmonies]
     if bank.pictures != pictures:
         raise ControlError(
             f"New pictures of this story read {pictures} of its pictures, and the bank holds {bank.pictures} "
             f"({bank!r}). Fill one with keep(story, bank), or with perform(..., bank=bank)."
+        )
+    if harmonies and not any(packed.output is not None for packed in bank.entries.values()):
+        raise ControlError(
+            f"'{harmonies[0].name}' takes in outputs of attention, and the bank holds keys and values alone "
+            f"({bank!r}). Fill one with keep(story, bank), or with perform(..., bank=bank), of this story."
         )
     alone: dict[str, Any] = {"bank": bank, "readers": Share.readers, "anchors": Share.anchors, "group": None}
     # where nobody is in any picture, there is nobody to read as
@@ -84,13 +92,32 @@ def same_bank(digest: str, bank: Bank | None) -> Bank:
 
 
 def _harmonized(acting: Sequence[Control]) -> Window | None:
-    """When outputs are taken in. Raises `ControlError` where that is told twice."""
-    windows = {one.window for one in acting if isinstance(one, Harmonize)}
-    if len(windows) > 1:
-        raise ControlError(
-            "Outputs are taken in at two windows, and a bank keeps them at one. Leave one Harmonize out."
-        )
-    return next(iter(windows), None)
+    """When outputs are taken in.
+
+    Raises:
+        ControlError: at several windows, or where nothing of these subjects is shared, and so nothing is kept.
+    """
+    harmonies, sharing = [one for one in acting if isinstance(one, Harmonize)], _sharing(acting)
+    if len({one.window for one in harmonies}) > 1:
+        raise ControlError("Outputs are taken in at two windows, and a bank keeps them at one. Leave one Harmonize.")
+    for one in harmonies:
+        if not any(_covers(other, one) for other in sharing):
+            raise ControlError(
+                f"'{one.name}' takes in outputs in the window {one.window} of the layers {one.layers!r}, and a bank "
+                f"holds what is shared: {', '.join(f'{other.window} of {other.layers!r}' for other in sharing)}. Share "
+                "subjects in all of that, or go on without a bank."
+            )
+    return next((one.window for one in harmonies), None)
+
+
+def _covers(sharing: Share, harmony: Harmonize) -> bool:
+    """All that is taken in is among what is shared."""
+    wide, narrow = sharing.window, harmony.window
+    inside = wide == narrow or (
+        isinstance(wide, tuple) and isinstance(narrow, tuple) and wide[0] <= narrow[0] and narrow[1] <= wide[1]
+    )
+    same = sharing.layers in (None, harmony.layers) and sharing.branch in ("all", harmony.branch)
+    return inside and same and sharing.tokens != "background"
 
 
 def _sharing(acting: Sequence[Control]) -> list[Share]:

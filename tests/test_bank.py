@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from bank_tools import PIPES, captured, run
 
 import attnctrl as ac
 from attnctrl.attach import parts_of
+from attnctrl.bank import Held
+from attnctrl.bank.identity import digest_of
+from attnctrl.controls.reposition import _WEIGHTS
 from attnctrl.families import family_of
 
 CAST = [
@@ -90,3 +94,46 @@ def test_perturbed_branches_read_what_was_kept_of_theirs() -> None:
     assert bank.branches == ("cond", "perturbed")
     close(run(pipe, range(2, 3), [ac.Share(bank=bank), perturb], guidance=1.0), joint[2:])
     assert (run(pipe, range(2, 3), perturb, guidance=1.0) - joint[2:]).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("resample", [2.0] * 8), ("rope", [2.0] * 8)])
+def test_subjects_of_a_larger_picture_are_told_by_its_own_grid(mode: Any, expected: list[float]) -> None:
+    """The left upper quarter of 4 x 8 tokens, read by a subject that fills 4 x 4: twice as many rows, as many columns."""
+    tokens = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
+    held = Held((4, 8), tokens, ("star",), torch.ones(1, 8, dtype=torch.bool), ((0.0, 0.0, 0.5, 0.5),))
+    situation: Any = SimpleNamespace(
+        stored=(held,),
+        shared={0: torch.tensor([[True] * 8, [False] * 8])},
+        regions=(ac.Region(name="star", box=(0, 0, 1, 1)),),
+        member=torch.ones(1, 16, dtype=torch.bool),
+        frame=SimpleNamespace(queries=SimpleNamespace(grid=(4, 4))),
+    )
+    assert _WEIGHTS[mode](ac.Reposition(mode=mode), situation, 0).tolist() == expected
+
+
+def test_outputs_are_kept_for_the_steps_that_a_step_stands_for() -> None:
+    """Every second of ten steps: the first is read at the second as well, which the window holds."""
+    pipe, window = PIPES["sd"](), (0.1, 0.34)
+    levels = [1 - step / 10 for step in range(10)]
+    keep = ac.Keep(bank=ac.Bank(), every=2, outputs=window)
+    assert [step for step in range(10) if keep.is_kept(step) and keep.keeps_outputs(step, levels)] == [0, 2]
+    plain = ac.Keep(bank=ac.Bank(), every=2)
+    more = (
+        keep.predict(pipe, width=32, height=32, steps=10).nbytes
+        - plain.predict(pipe, width=32, height=32, steps=10).nbytes
+    )
+    # keys and values are two states at five steps, outputs one at two
+    assert more * 5 == plain.predict(pipe, width=32, height=32, steps=10).nbytes
+    for wrong in ((0.5, 0.5), (0.6, 0.9)):
+        with pytest.raises(ac.ControlError, match="meet, and they do not"):
+            ac.Keep(bank=ac.Bank(), window=(0.0, 0.5), outputs=wrong)
+
+
+def test_what_differs_in_places_alone_has_another_digest() -> None:
+    pipe = PIPES["sd"]()
+    left, right = (
+        captured(pipe, range(1), regions=[[ac.Region(name="star", box=box)]])
+        for box in ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+    )
+    again = captured(pipe, range(1), regions=[[ac.Region(name="star", box=(0, 0, 0.5, 1))]])
+    assert digest_of(left) == digest_of(again) != digest_of(right)

@@ -77,10 +77,12 @@ def test_a_story_goes_on_by_what_was_kept_of_it(folder, tmp_path, capsys):
     assert run([*more, "--seed", "4", "-o", str(tmp_path / "later"), *model, *device]) == 0
     (told,) = json.loads(capsys.readouterr().out)["images"]
     assert (told["prompt"], told["seed"]) == ("a blue square right, a red circle left", 4)
-    later = tmp_path / "later" / "more-0.png"
-    assert sorted(path.name for path in later.parent.iterdir()) == ["more-0.png", "more-sheet.png"]
+    later = tmp_path / "later" / "two-1-more-0.png"
+    assert sorted(path.name for path in later.parent.iterdir()) == ["two-1-more-0.png", "two-1-more-sheet.png"]
     assert run(["replay", str(later), "--bank", bank, *model, "--format", "quiet"]) == 0
     assert capsys.readouterr().out == "true\n"
+    assert run(["replay", str(tmp_path / "two-1.png"), "--bank", bank, *model]) == 2
+    assert "read no bank" in capsys.readouterr().err
     assert run(["replay", str(later), *model]) == 2
     assert "none was given" in capsys.readouterr().err
     assert run([*more, "--shot", "{cat}", "-o", str(tmp_path / "never"), *model]) == 2
@@ -94,6 +96,9 @@ def test_a_story_goes_on_by_what_was_kept_of_it(folder, tmp_path, capsys):
         (["--more", "a.png", "--shot", "x"], "--bank what was kept of it; give both"),
         (["two.yaml", "--bank", "x.safetensors"], "give both"),
         (["--more", "a.png", "--bank", "b", "--shot", "x", "--steps", "3"], "keeps its own; leave --steps out"),
+        (["--more", "a.png", "--bank", "b", "--shot", "x", "--guidance-scale", "0"], "leave --guidance-scale out"),
+        (["two.yaml", "--keep", "."], ". is a folder"),
+        (["--cast", "b=x", "--shot", "{b}", "--keep", "c"], "one picture, which nobody reads"),
         (["--more", "a.png", "--bank", "b"], "say what the new pictures show"),
         (["--more", "two.yaml", "--bank", "b", "--shot", "x"], "two.yaml"),
         ([], "give a story file, or at least one --cast and one --shot"),

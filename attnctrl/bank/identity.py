@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +41,16 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 def digest_of(bank: Bank) -> str:
     """sha256 of all that a bank holds: equal for a bank and the one that is loaded from its file."""
-    digest = hashlib.sha256(repr((bank.sigmas, bank.every, bank.tokens, sorted(bank.model.items()))).encode())
+    how = (bank.sigmas, bank.every, bank.tokens, bank.queries, bank.texts, sorted(bank.model.items()))
+    digest = hashlib.sha256(repr(how).encode())
+    for place, held in sorted(bank.places.items()):
+        digest.update(repr((place, held.grid, held.names, held.boxes)).encode())
+        digest.update(_bytes(held.tokens) + _bytes(held.member))
     for entry, packed in sorted(bank.entries.items()):
-        digest.update(repr(tuple(entry)).encode())
-        for one in packed.tensors:
-            digest.update(_bytes(one))
+        for part in fields(packed):
+            one = getattr(packed, part.name)
+            digest.update(repr((*entry, part.name, one is None)).encode())
+            digest.update(b"" if one is None else _bytes(one))
     return digest.hexdigest()
 
 

@@ -88,8 +88,8 @@ class Packed:
         """
         if self.query is None:
             raise ControlError(
-                "The bank keeps keys and values, but no queries. Capture it with Keep(queries=True), or leave 'query' "
-                "out of the states."
+                "The bank keeps keys and values, but no queries. Capture it with Keep(queries=True), or take other "
+                "states (Inject) or features (Harmonize)."
             )
         return _opened(self.query, self.query_scale, like)[0]
 
@@ -99,12 +99,16 @@ class Packed:
         Raises:
             ControlError: when they are not kept.
         """
+        return _opened(self.check_outputs(), self.output_scale, like)[0]
+
+    def check_outputs(self) -> Tensor:
+        """The outputs as they are kept. Raises `ControlError` when they are not."""
         if self.output is None:
             raise ControlError(
                 "The bank keeps keys and values, but no outputs of attention at this step, which Harmonize takes in. "
                 "Capture it with Keep(outputs=...) of the window in which it is read."
             )
-        return _opened(self.output, self.output_scale, like)[0]
+        return self.output
 
     def with_output(self, output: Tensor, name: str | None, device: torch.device | str | None) -> Packed:
         """The same with what attention gave out [heads, image tokens, head_dim], in the dtype of this name."""

@@ -98,7 +98,6 @@ def predict(
         if layer.name in seat.layers and is_kept_layer(frames[layer.frame])
     ]
     keep.check_texts([frames[layer.frame] for layer in layers])
-    given = set() if keep.outputs is None else set(active_steps(keep.outputs, levels))
     each, outputs, shares = 0, 0, []
     for layer in layers:
         channels, heads, queries = key_sizes(layer.module)
@@ -117,7 +116,7 @@ def predict(
             shares.append(len(held.tokens) / torch.Size(tokens).numel())
     count = branches if keep.branch == "all" else 1
     share = sum(shares) / len(shares) if shares else 0.0
-    nbytes = (each * len(kept) + outputs * len([step for step in kept if step in given])) * count
+    nbytes = (each * len(kept) + outputs * sum(keep.keeps_outputs(step, levels) for step in kept)) * count
     return Need(nbytes, len(layers), share, kept, count, rows)
 
 

@@ -148,7 +148,7 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, and of moments."""
+        """Bytes of keys and values, and of queries, outputs and moments where they are kept."""
         return sum(one.nbytes for one in self.entries.values())
 
     def __repr__(self) -> str:

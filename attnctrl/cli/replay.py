@@ -115,8 +115,8 @@ def replay(
     from attnctrl.pipelines import MultiSubjectPipeline, ScenePipeline, StylePipeline
 
     kind: Any = MultiSubjectPipeline if "story" in record else StylePipeline if "set" in record else ScenePipeline
-    if bank is not None and kind is ScenePipeline:
-        raise typer.BadParameter(f"{image} is of no story and no set, so it read no bank.", param_hint="--bank")
+    if bank is not None and "bank" not in (record.get("story") or record.get("set") or {}):
+        raise typer.BadParameter(f"{image} read no bank. Leave it out.", param_hint="--bank")
     pipe = load(found, loading, kind, loading.dtype_of(record), setup)
     held = None if bank is None else Bank.load(bank, pipe.pipe)
     with progress_bar(f"replay {image.stem}", form) as advance, _threads_of(record):

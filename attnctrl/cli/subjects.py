@@ -13,6 +13,7 @@ from attnctrl.cli.loading import Loading, ModelOption, check_preset, load, model
 from attnctrl.cli.output import Format, FormatOption, emit, hush, progress_bar
 
 if TYPE_CHECKING:
+    from attnctrl.bank import Bank
     from attnctrl.pipelines import Story
     from attnctrl.pipelines.storyfile import StoryFile
 
@@ -66,7 +67,7 @@ def subjects(
     if more is not None and bank is not None:
         changes = {f"--{name.replace('_', '-')}": value for name, value in sampling.changes().items()}
         asked = {"the story file": source, "--cast": cast, "--keep": keep, "--preset": preset, **changes}
-        if told := next((name for name, value in asked.items() if value), ""):
+        if told := next((name for name, value in asked.items() if value not in (None, [])), ""):
             raise typer.BadParameter(f"a story that goes on keeps its own; leave {told} out.", param_hint="--more")
         return _go_on(more, bank, shot or [], output, seed or 0, form, model, loading)
     from attnctrl.pipelines.cast import resolve
@@ -78,6 +79,9 @@ def subjects(
     story = story.model_copy(update={name: value for name, value in given.items() if value is not None})
     check_preset(story.preset, SETS)
     resolve(story.characters, story.pictures, story.seed)
+    if keep is not None and (len(story.shots) < 2 or keep.is_dir()):
+        found = f"{keep} is a folder" if keep.is_dir() else "this story has one picture, which nobody reads"
+        raise typer.BadParameter(f"it names the file for what several pictures share; {found}.", param_hint="--keep")
     stem = "story" if source is None else source.stem
     folder = Path() if source is None else source.parent
     found_model = named_model(model) if model is not None else find_scene_model(story.model, folder)
@@ -92,9 +96,7 @@ def subjects(
     with progress_bar(stem, form) as advance:
         drawn = pipe(story.characters, story.pictures, bank=kept, progress=advance, **story.settings)
     seconds = round(time.perf_counter() - started, 3)
-    if kept is not None and keep is not None:
-        kept.save(keep)
-    _written(drawn, stem, output, pipe.identity, seconds, form, keep)
+    _written(drawn, stem, output, pipe.identity, seconds, form, kept, keep)
 
 
 def _go_on(
@@ -130,7 +132,7 @@ def _go_on(
     with progress_bar(picture.stem, form) as advance:
         drawn = pipe.more(story, wanted, bank=kept, seed=seed, progress=advance)
     seconds = round(time.perf_counter() - started, 3)
-    _written(drawn, "more", output, pipe.identity, seconds, form)
+    _written(drawn, f"{picture.stem}-more", output, pipe.identity, seconds, form)
 
 
 def _written(
@@ -140,13 +142,16 @@ def _written(
     identity: dict[str, str],
     seconds: float,
     form: Format,
-    bank: Path | None = None,
+    bank: Bank | None = None,
+    keep: Path | None = None,
 ) -> None:
-    """Write the pictures of a story and its sheet, and tell what was written."""
+    """Write the pictures of a story, its sheet, and what was kept of it, and tell what was written."""
     from attnctrl import files
 
     paths = [picture.save(output / f"{stem}-{number}.png") for number, picture in enumerate(drawn.pictures)]
     sheet = files.write_png(output / f"{stem}-sheet.png", drawn.sheet())
+    if bank is not None and keep is not None:
+        bank.save(keep)
     told: dict[str, Any] = {
         "command": "subjects",
         "images": [
@@ -154,12 +159,12 @@ def _written(
             for path, one, regions in zip(paths, drawn.rehearsal.shots, drawn.rehearsal.regions, strict=True)
         ],
         "sheet": str(sheet),
-        **({} if bank is None else {"bank": str(bank)}),
+        **({} if keep is None else {"bank": str(keep)}),
         "preset": drawn.preset,
         "model": identity,
         "seconds": seconds,
     }
-    files_written = [*map(str, paths), str(sheet), *([] if bank is None else [str(bank)])]
+    files_written = [*map(str, paths), str(sheet), *([] if keep is None else [str(keep)])]
     emit(form, told, lambda: "\n".join([*files_written, f"{len(paths)} pictures, {seconds:.1f} s"]), files_written)
 
 

@@ -181,6 +181,11 @@ class Control:
         """Something is drawn anew at every step."""
         return False
 
+    @property
+    def draws_readers(self) -> bool:
+        """What is drawn is another thing for each picture that reads."""
+        return False
+
     def opens(self, layer: Layer, draw: int) -> bool:
         """Whether it acts in a selected layer at the step with this number of draws."""
         return True

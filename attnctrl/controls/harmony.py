@@ -100,6 +100,11 @@ class Harmonize(Joined):
                 f"'{self.name}': pictures of the bank have a grid of {by(others[0])} tokens and this one {by(grid)}, "
                 "so outputs of one are no match for the other. Capture this size."
             )
+        if self.bank.tokens == "background":
+            raise ControlError(
+                f"'{self.name}' takes in outputs of subjects, but the bank keeps tokens='background' alone. Capture it "
+                "with tokens='subject' or 'all'."
+            )
         stored = StoredHarmony(self, situation, self.bank)
         return stored if stored.pairs else None
 
@@ -207,6 +212,8 @@ class StoredHarmony(Harmony):
         made = replace(self, layer=layer, step=self.bank.kept_step(moment.step))
         made.__dict__["pairs"] = self.pairs
         self.bank.check_entries(made._entry(other) for other in self.pairs)
+        for other in self.pairs:
+            self.bank.entries[made._entry(other)].check_outputs()
         return made
 
     def _entry(self, other: int) -> Entry:

@@ -21,7 +21,7 @@ from ..errors import ControlError, LayoutError, PlanError, ScheduleError, Unsupp
 from ..execute import Kernel
 from ..layout import Frame, Layout
 from ..region import Grid
-from ..schedule import Window, checked_window, is_active
+from ..schedule import Window, active_steps, checked_window, is_empty
 from ..select import Layer
 from ..watch import View
 from .base import CODE_ONLY, Branch
@@ -74,6 +74,13 @@ class Keep(Regional):
         self._check_choice("tokens", Tokens)
         if self.outputs is not None:
             object.__setattr__(self, "outputs", checked_window(self.outputs, self.name))
+            both = [one for one in (self.outputs, self.window) if isinstance(one, tuple)]
+            apart = len(both) == 2 and max(start for start, _ in both) >= min(stop for _, stop in both)
+            if is_empty(self.outputs) or apart:
+                raise ControlError(
+                    f"'{self.name}': outputs are kept where its window {self.window} and outputs={self.outputs} meet, "
+                    "and they do not. Give both the part of the run in which the bank is read."
+                )
         if not isinstance(self.bank, Bank):
             raise ControlError(f"'{self.name}': bank must be a Bank; found {type(self.bank).__name__}.")
         for name in ("pictures", "every"):
@@ -88,6 +95,12 @@ class Keep(Regional):
     def is_kept(self, step: int) -> bool:
         """Whether keys of this step are kept, in the window."""
         return step % self.every == 0
+
+    def keeps_outputs(self, step: int, sigmas: Sequence[float]) -> bool:
+        """Whether outputs of this step of a run are kept: their window holds it, or a step that it stands for."""
+        if self.outputs is None:
+            return False
+        return not set(range(step, step + self.every)).isdisjoint(active_steps(self.outputs, sigmas))
 
     def predict(self, pipe_or_model: Any, **run: Any) -> Need:
         """What a run will take in the bank, told before it runs; arguments as of `attnctrl.bank.size.predict`."""
@@ -121,7 +134,7 @@ class Keep(Regional):
         self.check_texts([view.frames[0][layer.frame] for layer in view.layers])
         held: dict[tuple[str, int], Held] = {}
         found: dict[str, Probe] = {}
-        kind = LayerCapture if self.outputs is None or not is_active(self.outputs, view.moment) else OutputCapture
+        kind = OutputCapture if self.keeps_outputs(step, view.moment.sigmas) else LayerCapture
         for layer in view.layers:
             if not is_kept_layer(view.frames[0][layer.frame]):
                 continue

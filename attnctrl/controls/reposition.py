@@ -179,15 +179,16 @@ _WEIGHTS: Mapping[Mode, Callable[[Reposition, Situation, int], Tensor]] = {
 }
 
 
-def _grid(situation: Situation) -> tuple[int, int]:
-    """Of the picture that reads; those that are read have the same."""
-    height, width = situation.frame.queries.grid[-2:]
+def _grid(situation: Situation, other: int | None = None) -> tuple[int, int]:
+    """Rows and columns of tokens of the picture that reads, or of another one: of a bank it may have other ones."""
+    stored = situation.stored if other is not None else ()
+    height, width = (stored[other].grid if stored and other is not None else situation.frame.queries.grid)[-2:]
     return height, width
 
 
 def _cells(situation: Situation, other: int) -> Tensor:
     """int64 [tokens of another picture that are there, 2]: their rows and columns; the same in all frames of a film."""
-    height, width = _grid(situation)
+    height, width = _grid(situation, other)
     tokens = situation.stored[other].tokens if situation.stored else torch.arange(situation.shared[other].shape[1])
     inside = tokens % (height * width)
     return torch.stack([inside // width, inside % width], dim=1)
@@ -202,19 +203,19 @@ def _names(situation: Situation, other: int) -> list[str]:
 
 def _extents(situation: Situation, other: int, number: int) -> tuple[Box, Box]:
     """The boxes around a subject in another picture and here, in tokens, as exactly as its regions tell."""
-    height, width = _grid(situation)
 
-    def scaled(box: Sequence[float]) -> Box:
-        x0, y0, x1, y1 = box
+    def scaled(box: Sequence[float], grid: tuple[int, int]) -> Box:
+        (x0, y0, x1, y1), (height, width) = box, grid
         return x0 * width, y0 * height, x1 * width, y1 * height
 
+    own, theirs = _grid(situation), _grid(situation, other)
     here = situation.regions[number]
     if situation.stored:
         boxes: Sequence[Sequence[float]] = situation.stored[other].boxes
     else:
         boxes = [extent(region) for region in situation.others[other]]
     named = zip(_names(situation, other), boxes, strict=True)
-    return around([scaled(box) for name, box in named if name == here.label]), scaled(extent(here))
+    return around([scaled(box, theirs) for name, box in named if name == here.label]), scaled(extent(here), own)
 
 
 def _boxes(situation: Situation, other: int, number: int) -> tuple[Box, Box]:

@@ -122,6 +122,10 @@ class Share(Joined):
         return min(self.ratio, self.query_ratio, self.gate) < 1
 
     @property
+    def draws_readers(self) -> bool:
+        return self.query_ratio < 1
+
+    @property
     def recalls(self) -> Bank | None:
         return self.bank
 

@@ -51,6 +51,37 @@ def test_kept_keys_stand_for_pictures_of_the_batch(family: Any) -> None:
         assert (setting.run()[2] - joint[2]).abs().max() < 2e-5
 
 
+@every_family
+@pytest.mark.parametrize("features", ["value", "out", "query", "place"])
+def test_kept_outputs_stand_for_those_of_the_batch(family: Any, features: Any) -> None:
+    """Also in families whose pictures are films; `Reposition` weighs what is kept as it does in the batch."""
+    setting = family(batch=3)
+    if features == "value" and family is unet:
+        # two tokens that match equally well but for rounding
+        setting = family(batch=3, dtype=torch.float64)
+    sharing = {"tokens": "subject", "queries": "same"}
+    harmony = {"features": features, "window": (0.0, 1.0), "floor": -1.0}
+    joint = [
+        ac.Share(SCENES, readers="anchors", **sharing),
+        ac.Reposition(mode="resample"),
+        ac.Harmonize(SCENES, readers="anchors", **harmony),
+    ]
+    bank = ac.Bank()
+    keep = ac.Keep(SCENES, bank=bank, tokens="subject", pictures=2, outputs=(0.0, 1.0), queries=True, branch="cond")
+    with attached(setting, [*joint, keep]):
+        expected = setting.run()[2]
+    assert all(packed.output is not None for packed in bank.entries.values())
+    stored = [
+        ac.Share(SCENES[2], bank=bank, **sharing),
+        ac.Reposition(mode="resample"),
+        ac.Harmonize(SCENES[2], bank=bank, **harmony),
+    ]
+    with attached(setting, stored):
+        assert (setting.run(**setting.single(2))[0] - expected).abs().max() < 2e-5
+    with attached(setting, stored[:2]):
+        assert (setting.run(**setting.single(2))[0] - expected).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("family", [flux, unet])
 def test_tokens_that_are_not_read_have_no_influence(family: Any) -> None:
     """The gradient to kept tokens of other names is exactly zero, to those of the own name it is not; what is not kept
