@@ -45,7 +45,8 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = [column for one in results for column in _columns(one)]
+    models = [one["model"] for one in results]
+    columns = [column for one in results for column in _columns(one, models.count(one["model"]) > 1)]
     metrics = list(dict.fromkeys(name for _, values in columns for name in values))
     better = {name: entry["better"] for _, values in columns for name, (entry, _) in values.items()}
     lines = ["| metric | " + " | ".join(title for title, _ in columns) + " |", "|---|" + "---|" * len(columns)]
@@ -56,9 +57,17 @@ def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _columns(found: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[Mapping[str, Any], bool]]]]:
-    """Of one result: (title, metric -> (entry, with control)) for the plain pictures and each way of control."""
-    where = found["model"] + ("" if found.get("split", "test") == "test" else f" ({found['split']})")
+def _columns(
+    found: Mapping[str, Any], counted: bool = False
+) -> list[tuple[str, dict[str, tuple[Mapping[str, Any], bool]]]]:
+    """Of one result: (title, metric -> (entry, with control)) for the plain pictures and each way of control.
+
+    Args:
+        counted: the title says the number of tasks, where a model was measured more than once.
+    """
+    split = found.get("split", "test")
+    told = [f"{found['n']} tasks"] * counted + [split] * (split != "test")
+    where = found["model"] + (f" ({', '.join(told)})" if told else "")
     first = {name: (entry, False) for name, entry in found["metrics"].items() if "." not in name}
     columns = [(where, first)]
     names = dict.fromkeys(name.rpartition(".")[0] for name in found["metrics"])

@@ -162,13 +162,14 @@ def canvas(model: str) -> Table:
     )
 
 
-def style(model: str, rows: Mapping[str, str]) -> Table:
+def style(model: str, rows: Mapping[str, str], result: str = "") -> Table:
     """Ways of sharing a style (label -> prefix of the keys) down, below the prompt alone."""
     metrics = ("set_consistency", "same_style", "copied", "prompt_fidelity")
     ways = [("prompt alone", "", PLAIN), *((label, prefix, HELD) for label, prefix in rows.items())]
+    name = result or f"style-{model}"
     return Table(
         (model, *(f"`{metric}`" for metric in metrics)),
-        [(label, *((f"style-{model}", prefix + metric, form) for metric in metrics)) for label, prefix, form in ways],
+        [(label, *((name, prefix + metric, form) for metric in metrics)) for label, prefix, form in ways],
     )
 
 
@@ -305,6 +306,7 @@ TABLES: Mapping[str, Table | Each] = {
             "`style-aligned` as published": "style_aligned.",
         },
     ),
+    "style toy-sd, 256": style("toy-sd, 256 tasks", {"keys shared (`match=()`)": ""}, "style-256-toy-sd"),
     "style toy-sd3": style("toy-sd3", {"keys shared (`match=()`): the default on SD3": ""}),
     "inversion": inversion("toy-flux", (10, 20, 40, 160)),
 }
