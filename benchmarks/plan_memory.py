@@ -18,7 +18,8 @@ from diffusers import FluxTransformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnctrl as ac
-from attnctrl.call import Act, Row
+from attnctrl.act import Act
+from attnctrl.call import Row
 from attnctrl.families.flux import FLUX
 from attnctrl.layout import Measures
 from attnctrl.schedule import Moment
