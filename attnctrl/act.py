@@ -76,11 +76,16 @@ class Act:
         self._rows = sum(map(_count, told)) if told else None
 
     @property
-    def stored(self) -> tuple[Recalled, ...]:
-        """What is read of banks."""
-        contents = (edit for _, edits in self.contents for edit in edits)
-        held: list[Any] = [*self.sources, *contents, *(edit for *_, edits in self.outputs for edit in edits)]
+    def attended(self) -> tuple[Recalled, ...]:
+        """What of banks takes part in the kernel's calls: keys and values, and what makes queries."""
+        held: list[Any] = [*self.sources, *(edit for _, edits in self.contents for edit in edits)]
         return tuple(one for one in held if isinstance(one, Recalled))
+
+    @property
+    def stored(self) -> tuple[Recalled, ...]:
+        """All that is read of banks, by outputs too."""
+        edits: list[Any] = [edit for *_, edits in self.outputs for edit in edits]
+        return *self.attended, *(one for one in edits if isinstance(one, Recalled))
 
     def at(self, layer: str, moment: Moment) -> Act:
         """The same for a layer of a forward, with what it reads of banks.
@@ -103,12 +108,6 @@ class Act:
         made = copy.copy(self)
         made.probes = (*self.probes, *probes)
         return made
-
-    @property
-    def reads_banks(self) -> bool:
-        """Keys, queries or values of a bank take part in the kernel's calls."""
-        held: list[Any] = [*self.sources, *(edit for _, edits in self.contents for edit in edits)]
-        return any(isinstance(one, Recalled) for one in held)
 
     @property
     def executors(self) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def watched(
 
         def named(own: Sequence[Variant] = own, seat: Seat = seat) -> dict[str, Act]:
             made = {name: act for name, (act, _) in acts_of(own).items()}
-            if any(made[name].reads_banks for name in seat.layers & made.keys()):
+            if any(made[name].attended for name in seat.layers & made.keys()):
                 raise ControlError(
                     "Attention cannot be read with when='post' where pictures read a bank, whose keys belong to no "
                     "token of the batch, or ask with queries of another forward. Read it with when='pre', or in other "

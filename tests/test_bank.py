@@ -15,6 +15,7 @@ from attnctrl.bank import Held
 from attnctrl.bank.identity import digest_of
 from attnctrl.controls.reposition import _WEIGHTS
 from attnctrl.families import family_of
+from attnctrl.maps import record
 
 CAST = [
     [ac.Region(name="star", box=(0, 0, 0.5, 1)), ac.Region(name="heart", box=(0.5, 0, 1, 1))],
@@ -137,3 +138,25 @@ def test_what_differs_in_places_alone_has_another_digest() -> None:
     )
     again = captured(pipe, range(1), regions=[[ac.Region(name="star", box=(0, 0, 0.5, 1))]])
     assert digest_of(left) == digest_of(again) != digest_of(right)
+
+
+def test_what_harmonize_cannot_take_in_is_told() -> None:
+    pipe, one = PIPES["sd"](), [[ac.Region(name="star", box=(0, 0, 0.5, 1))]]
+    ground = captured(pipe, range(1), regions=one, tokens="background", outputs=(0, 1))
+    whole, keys = captured(pipe, range(1), regions=one, outputs=(0, 1)), captured(pipe, range(1), regions=one)
+
+    def reading(bank: ac.Bank, **more: Any) -> Any:
+        return run(pipe, range(1, 2), ac.Harmonize(one, bank=bank, window=(0, 1), layers="up.self"), **more)
+
+    assert reading(whole).isfinite().all()
+    with pytest.raises(ac.ControlError, match="keeps tokens='background' alone"):
+        reading(ground)
+    with pytest.raises(ac.ControlError, match="no outputs of attention at this step"):
+        reading(keys)
+    with pytest.raises(ac.ControlError, match="so outputs of one are no match"):
+        reading(whole, width=16)
+    # outputs belong to no token that is asked or read, so attention can be recorded beside them
+    harmony = ac.Harmonize(one, bank=whole, window=(0, 1), layers="up.self")
+    with record(pipe, {"star": ["red star"]}, prompt=["a red star"], when="post") as found:
+        run(pipe, range(1), harmony)
+    assert found["star"].shape[0] == 1

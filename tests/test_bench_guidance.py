@@ -71,12 +71,15 @@ def test_steps_cost_little_more_than_their_bound(result: dict[str, Any]) -> None
         rows = {"none": 1, "batched": 2}[row["cfg"]]
         assert row["bound"] == pytest.approx((rows + row["rho"]) / rows)
         assert row["bound"] - 1e-9 < row["flop_ratio"] < 1.05 * row["bound"]
-        assert row["bound_s"] > 1
         assert min(row["step_ratio"], row["full_ratio"], row["vanilla_s"]) > 0
         assert row["max_err"] == 0 if rows == 1 else row["max_err"] < 1e-5
     shares = [row["rho"] for row in result["rows"]]
     assert 0.95 > shares[0] > 0.6 > shares[1] > 0.4 > 0.2 > shares[2] > 0
     assert shares[:3] == shares[3:]
+    # of one and the same forward less is left behind a later layer
+    bounds = [row["bound_s"] for row in result["rows"]]
+    assert bounds[0] > bounds[1] > bounds[2] > 1
+    assert bounds[3] > bounds[4] > bounds[5] > 1
 
 
 def test_the_bound_in_seconds_is_what_comes_behind_the_product() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,11 @@ def test_what_nobody_reads_is_not_executed(kind: Kind, calls: int) -> None:
         act = Act([(None, None)], (TOKENS, TOKENS), outputs=[(None, None, None, (one,))])
         act.run(*tensors(), None, kernel, None)
         assert len(counted) == expected
+    # unless somebody watches it
+    told: list[Tensor] = []
+    act = Act([(None, None)], (TOKENS, TOKENS), outputs=[(None, None, None, (edit(kind, 1.0),))])
+    act.watched([SimpleNamespace(executed=told.append)]).run(*tensors(), None, kernel, None)  # type: ignore[list-item]
+    assert torch.equal(told[0], sdpa(*tensors()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

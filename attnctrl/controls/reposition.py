@@ -181,8 +181,10 @@ _WEIGHTS: Mapping[Mode, Callable[[Reposition, Situation, int], Tensor]] = {
 
 def _grid(situation: Situation, other: int | None = None) -> tuple[int, int]:
     """Rows and columns of tokens of the picture that reads, or of another one: of a bank it may have other ones."""
-    stored = situation.stored if other is not None else ()
-    height, width = (stored[other].grid if stored and other is not None else situation.frame.queries.grid)[-2:]
+    grid = situation.frame.queries.grid
+    if other is not None and situation.stored:
+        grid = situation.stored[other].grid
+    height, width = grid[-2:]
     return height, width
 
 
