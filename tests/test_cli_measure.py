@@ -72,6 +72,11 @@ def test_eval_passes_on_how_to_measure(call, suites, tmp_path):
     ((_, _, asked),) = suites
     assert (asked.split, asked.variants, asked.rows) == ("tune", True, True)
     assert Image.open(target).size == (8, 8)
+    out = call("eval", "layout", "--seeds", 3, "--variant", "other", "--variant", "third", "--format", "json")[1]
+    assert suites[-1][2].variants == ("other", "third")
+    assert " --seeds 3 --variant other --variant third --format json" in json.loads(out)["command"]
+    code, _, err = call("eval", "layout", "--variant", "other", "--variants")
+    assert (code, "--variants measures all of them" in " ".join(err.replace("│", " ").split())) == (2, True)
     code, _, err = call("eval", "model", "--variants")
     assert code == 2
     assert call("eval", "scorer", "--rows")[0] == 2

@@ -129,6 +129,38 @@ def test_variants_and_other_settings_come_by_name(runner):
     assert other["metrics"]["background_similarity"]["controlled"] < 1
 
 
+def test_single_variants_come_by_name(runner):
+    found = measure(LAYOUT, runner, "tiny", 1, None, Options(variants=["separate"]))["metrics"]
+    assert {name.rpartition(".")[0] for name in found} == {"", "separate"}
+    with pytest.raises(ValueError, match="suite 'layout' has no variant 'seperate'; it has separate, regions"):
+        measure(LAYOUT, runner, "tiny", 1, None, Options(variants=["seperate"]))
+
+
+def test_control_is_compared_with_its_rivals_pair_by_pair(runner):
+    """The difference of what stands under the variant's name, with an interval of its own; whole metrics as well."""
+    count = {
+        "coloured": Whole("higher", lambda task, images: float(images[0].std()), lambda read: float(np.mean(read)))
+    }
+    suite = replace(LAYOUT, rivals=("separate", "regions_only"), whole=count)
+    found = measure(suite, runner, "tiny", 3, None, Options(variants=["separate"], rows=True))
+    metrics, rows = found["metrics"], found["rows"]
+    assert {name.rpartition(".")[0] for name in metrics} == {"", "separate", "over_separate"}
+    assert "over_separate.time_ratio" not in metrics
+    for name in ("background_similarity", "coloured"):
+        entry = metrics[f"over_separate.{name}"]
+        assert entry["vanilla"] == metrics[f"separate.{name}"]["controlled"]
+        assert entry["controlled"] == metrics[name]["controlled"]
+        assert entry["delta"] == pytest.approx(entry["controlled"] - entry["vanilla"])
+    differences = [
+        row["controlled"]["background_similarity"] - row["separate"]["background_similarity"] for row in rows
+    ]
+    low, high = metrics["over_separate.background_similarity"]["ci95"]
+    assert min(differences) <= low <= high <= max(differences)
+    assert max(differences) > min(differences)
+    plain = measure(suite, runner, "tiny", 1)["metrics"]
+    assert not [name for name in plain if name.startswith("over_")]
+
+
 def test_a_grid_shows_all_ways_of_drawing(runner):
     seen = []
     measure(LAYOUT, runner, "tiny", 2, None, Options(grid=seen.append))

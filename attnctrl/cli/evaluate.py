@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -36,6 +37,9 @@ def evaluate(
     variants: Annotated[
         bool, typer.Option("--variants", help="Also the suite's variants, such as isolation that never ends.")
     ] = False,
+    variant: Annotated[
+        list[str] | None, typer.Option("--variant", metavar="NAME", help="Also this one of them; may be repeated.")
+    ] = None,
     split: Annotated[
         Split, typer.Option(help="Which tasks: settings are chosen on tune and reported on test.")
     ] = Split.test,
@@ -58,17 +62,20 @@ def evaluate(
         from attnctrl.scenecheck import nearest
 
         raise typer.BadParameter(f"no suite '{suite}'; {nearest(suite, SUITES)}", param_hint="SUITE")
-    if variants and not (suite in PAIRED and PAIRED[suite].variants):
+    if (variants or variant) and not (suite in PAIRED and PAIRED[suite].variants):
         having = ", ".join(name for name, one in PAIRED.items() if one.variants)
         raise typer.BadParameter(f"suite '{suite}' has no variants; these have: {having}", param_hint="--variants")
+    if variants and variant:
+        raise typer.BadParameter("--variants measures all of them: leave one of the two", param_hint="--variant")
     if suite == "scorer" and (rows or grid is not None):
         raise typer.BadParameter("the scorer reads renders: it has neither rows nor a grid", param_hint="SUITE")
     hush()
     save = None if grid is None else partial(write_png, grid)
-    options = Options(split=split.value, variants=variants, rows=rows, grid=save)
+    options = Options(split=split.value, variants=tuple(variant or ()) or variants, rows=rows, grid=save)
     with progress_bar(f"eval {suite}", form) as advance:
         measured = SUITES[suite](model, seeds, advance, options)
-    flags = [*(["--variants"] if variants else []), *(["--split", split.value] if split is not Split.test else [])]
+    asked = ["--variants"] if variants else [f"--variant {shlex.quote(name)}" for name in variant or ()]
+    flags = [*asked, *(["--split", split.value] if split is not Split.test else [])]
     command = " ".join(["attnctrl eval", suite, "--model", model, "--seeds", str(seeds), *flags, "--format json"])
     result = {**measured, "command": command, "versions": versions()}
     emit(form, result, lambda: table(result), _lines(result))

@@ -102,6 +102,8 @@ class Suite(Generic[T]):
         whole: metrics of whole sets of pictures.
         controls: what acts.
         variants: what else can be measured; where that differs by model, a function of what runs it.
+        rivals: variants with which the suite's own control is compared as well, where both are measured: metrics under
+            "over_NAME.", the variant's value in the place of the plain one.
         runs: settings of the runner that are other than the model's own, by the names of `Runner`'s fields.
     """
 
@@ -114,6 +116,7 @@ class Suite(Generic[T]):
     whole: Mapping[str, Whole[T]] = field(default_factory=dict)
     controls: Acting = field(default_factory=dict)
     variants: Mapping[str, Acting] | Callable[[Runner], Mapping[str, Acting]] = field(default_factory=dict)
+    rivals: Sequence[str] = ()
     runs: Mapping[str, Any] = field(default_factory=dict)
 
     def task(self, split: Split, index: int) -> tuple[T, int]:
@@ -128,14 +131,14 @@ class Options:
 
     Attributes:
         split: which tasks.
-        variants: also those of the suite.
+        variants: also those of the suite, or the named ones of them.
         controls: other ones than the suite's, on "tune" alone.
         rows: add the values of every task.
         grid: called with a picture of the first tasks for people to look at.
     """
 
     split: Split = "test"
-    variants: bool = False
+    variants: bool | Sequence[str] = False
     controls: Acting | None = None
     rows: bool = False
     grid: Callable[[Image.Image], object] | None = None
@@ -160,43 +163,67 @@ def measure(
     wanted = [suite.pictures(task, number) for task, number in zip(tasks, numbers, strict=True)]
     settings = _settings(suite, options, runner)
     tick = Counter((1 + len(settings)) * sum(map(len, wanted)), progress)
-    plain = _draw(runner, wanted, {}, tick)
-    vanilla = _values(suite, tasks, plain, plain)
+    ways = {"vanilla": _draw(runner, wanted, {}, tick)}
     metrics: dict[str, Metric] = {}
-    drawn: dict[str, Sequence[Images]] = {"vanilla": plain}
-    rows = [
-        {"task": index, "prompts": [one.prompt for one in asked], "vanilla": values}
-        for index, (asked, values) in enumerate(zip(wanted, vanilla, strict=True))
-    ]
-    better = {**suite.better, **COMMON}
+    plain = _Way.of(suite, tasks, ways["vanilla"], ways["vanilla"])
+    steered: dict[str, _Way] = {}
     for prefix, controls in settings.items():
-        images = _draw(runner, wanted, controls, tick)
-        steered = _values(suite, tasks, images, plain)
-        drawn[prefix.rstrip(".") or "controlled"] = images
-        for name, direction in better.items():
-            metrics[prefix + name] = metric([v[name] for v in vanilla], [v[name] for v in steered], direction)
-        for name, one in suite.whole.items():
-            metrics[prefix + name] = set_metric(one.of, one.reads(tasks, plain), one.reads(tasks, images), one.better)
+        label = prefix.rstrip(".") or "controlled"
+        ways[label] = _draw(runner, wanted, controls, tick)
+        steered[label] = _Way.of(suite, tasks, ways[label], ways["vanilla"])
+        metrics |= _compared(suite, plain, steered[label], prefix)
         metrics[f"{prefix}time_ratio"] = _single("lower", 1.0, time_ratio(runner, wanted, controls))
         metrics[f"{prefix}memory_ratio"] = _single("lower", 1.0, _memory(runner, wanted, controls))
-        for row, values in zip(rows, steered, strict=True):
-            row[prefix.rstrip(".") or "controlled"] = values
     if not settings:
-        metrics = {name: metric([v[name] for v in vanilla], None, way) for name, way in better.items()}
-        metrics |= {n: set_metric(one.of, one.reads(tasks, plain), None, one.better) for n, one in suite.whole.items()}
+        metrics = _compared(suite, plain, None, "")
+    for rival in suite.rivals:
+        if rival in steered and "controlled" in steered:
+            metrics |= _compared(suite, steered[rival], steered["controlled"], f"over_{rival}.")
     if options.grid is not None:
-        options.grid(_grid(wanted, drawn))
+        options.grid(_grid(wanted, ways))
     found = result(suite.name, model, seeds, time.monotonic() - begin, metrics)
     found["split"] = options.split
+    rows = [
+        {"task": index, "prompts": [one.prompt for one in asked]}
+        | {label: way.values[index] for label, way in {"vanilla": plain, **steered}.items()}
+        for index, asked in enumerate(wanted)
+    ]
     return {**found, "rows": rows} if options.rows else found
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of drawing, as it was measured: a value for each metric, task by task; what `whole` read of the tasks."""
+
+    values: Sequence[Mapping[str, float]]
+    reads: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def of(cls, suite: Suite[Any], tasks: Sequence[Any], images: Sequence[Images], plain: Sequence[Images]) -> _Way:
+        reads = {name: one.reads(tasks, images) for name, one in suite.whole.items()}
+        return cls(_values(suite, tasks, images, plain), reads)
+
+
+def _compared(suite: Suite[Any], first: _Way, second: _Way | None, prefix: str) -> dict[str, Metric]:
+    """Every metric in the first way and in the second; without a second one, of the first alone."""
+    found = {}
+    for name, way in {**suite.better, **COMMON}.items():
+        other = None if second is None else [value[name] for value in second.values]
+        found[prefix + name] = metric([value[name] for value in first.values], other, way)
+    for name, whole in suite.whole.items():
+        read = None if second is None else second.reads[name]
+        found[prefix + name] = set_metric(whole.of, first.reads[name], read, whole.better)
+    return found
 
 
 def _settings(suite: Suite[Any], options: Options, runner: Runner) -> dict[str, Acting]:
     """Controls by the prefix of their metrics' names."""
     first = suite.controls if options.controls is None else options.controls
     variants = suite.variants(runner) if callable(suite.variants) else suite.variants
-    more = {f"{name}.": fields for name, fields in variants.items()} if options.variants else {}
-    return {**({"": first} if first else {}), **more}
+    asked = options.variants if not isinstance(options.variants, bool) else variants if options.variants else ()
+    if unknown := [name for name in asked if name not in variants]:
+        raise ValueError(f"suite {suite.name!r} has no variant {unknown[0]!r}; it has {', '.join(variants) or 'none'}.")
+    return {**({"": first} if first else {}), **{f"{name}.": variants[name] for name in asked}}
 
 
 def _values(

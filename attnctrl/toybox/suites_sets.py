@@ -219,6 +219,7 @@ SUBJECTS = Suite(
     whole={"identity_margin": Whole("higher", _identities, identity_margin)},
     controls=partial(rehearsed, name="subjects"),
     variants=SUBJECT_VARIANTS,
+    rivals=("shared",),
 )
 STYLE = Suite(
     name="style",
