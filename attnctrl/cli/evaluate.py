@@ -43,6 +43,7 @@ def evaluate(
     split: Annotated[
         Split, typer.Option(help="Which tasks: settings are chosen on tune and reported on test.")
     ] = Split.test,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first task.")] = 0,
     rows: Annotated[bool, typer.Option("--rows", help="With --format json: the values of every task too.")] = False,
     grid: Annotated[Path | None, typer.Option("--grid", help="A PNG of the first pictures, to look at.")] = None,
     form: FormatOption = Format.human,
@@ -67,15 +68,18 @@ def evaluate(
         raise typer.BadParameter(f"suite '{suite}' has no variants; these have: {having}", param_hint="--variants")
     if variants and variant:
         raise typer.BadParameter("--variants measures all of them: leave one of the two", param_hint="--variant")
+    if first and suite not in PAIRED:
+        raise typer.BadParameter(f"the tasks of suite '{suite}' have no numbers", param_hint="--first")
     if suite == "scorer" and (rows or grid is not None):
         raise typer.BadParameter("the scorer reads renders: it has neither rows nor a grid", param_hint="SUITE")
     hush()
     save = None if grid is None else partial(write_png, grid)
-    options = Options(split=split.value, variants=tuple(variant or ()) or variants, rows=rows, grid=save)
+    options = Options(split=split.value, variants=tuple(variant or ()) or variants, rows=rows, first=first, grid=save)
     with progress_bar(f"eval {suite}", form) as advance:
         measured = SUITES[suite](model, seeds, advance, options)
     asked = ["--variants"] if variants else [f"--variant {shlex.quote(name)}" for name in variant or ()]
-    flags = [*asked, *(["--split", split.value] if split is not Split.test else [])]
+    begin = ["--first", str(first)] if first else []
+    flags = [*begin, *asked, *(["--split", split.value] if split is not Split.test else [])]
     command = " ".join(["attnctrl eval", suite, "--model", model, "--seeds", str(seeds), *flags, "--format json"])
     result = {**measured, "command": command, "versions": versions()}
     emit(form, result, lambda: table(result), _lines(result))

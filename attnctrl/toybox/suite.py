@@ -17,11 +17,13 @@ from PIL import Image
 import attnctrl
 from attnctrl.controls import CONTROLS
 from attnctrl.execute.bench import interleaved
-from attnctrl.metrics import metric, result, set_metric
+from attnctrl.metrics import result
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.metrics.stats import Better, Metric
 from attnctrl.pipelines.runner import Counter, Positions, Progress, Runner
 from attnctrl.region import Region
+
+from .compare import CONTROLLED, VANILLA, Way, compared, prefix
 
 Split = Literal["test", "tune"]
 Fields = Mapping[str, Mapping[str, Any]]
@@ -119,6 +121,11 @@ class Suite(Generic[T]):
     rivals: Sequence[str] = ()
     runs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def directions(self) -> Mapping[str, Better]:
+        """Of its own metrics and the common ones."""
+        return {**self.better, **COMMON}
+
     def task(self, split: Split, index: int) -> tuple[T, int]:
         """Task `index` of a split, and its seed."""
         seed = HELD_OUT + SPLITS[split] + index
@@ -133,7 +140,9 @@ class Options:
         split: which tasks.
         variants: also those of the suite, or the named ones of them.
         controls: other ones than the suite's, on "tune" alone.
-        rows: add the values of every task.
+        first: number of the first task, so that parts of a measurement can be drawn by several processes
+            (`attnctrl.toybox.pooled`).
+        rows: add the values of every task, and what metrics of the whole set are made of.
         grid: called with a picture of the first tasks for people to look at.
     """
 
@@ -141,6 +150,7 @@ class Options:
     variants: bool | Sequence[str] = False
     controls: Acting | None = None
     rows: bool = False
+    first: int = 0
     grid: Callable[[Image.Image], object] | None = None
 
     def __post_init__(self) -> None:
@@ -159,84 +169,56 @@ def measure(
     """The suite's result on a loaded pipeline, from `seeds` tasks; see `attnctrl.metrics.result`."""
     begin = time.monotonic()
     runner = replace(runner, **suite.runs)
-    tasks, numbers = zip(*(suite.task(options.split, index) for index in range(seeds)), strict=True)
+    numbered = range(options.first, options.first + seeds)
+    tasks, numbers = zip(*(suite.task(options.split, index) for index in numbered), strict=True)
     wanted = [suite.pictures(task, number) for task, number in zip(tasks, numbers, strict=True)]
     settings = _settings(suite, options, runner)
     tick = Counter((1 + len(settings)) * sum(map(len, wanted)), progress)
-    ways = {"vanilla": _draw(runner, wanted, {}, tick)}
-    metrics: dict[str, Metric] = {}
-    plain = _Way.of(suite, tasks, ways["vanilla"], ways["vanilla"])
-    steered: dict[str, _Way] = {}
-    for prefix, controls in settings.items():
-        label = prefix.rstrip(".") or "controlled"
-        ways[label] = _draw(runner, wanted, controls, tick)
-        steered[label] = _Way.of(suite, tasks, ways[label], ways["vanilla"])
-        metrics |= _compared(suite, plain, steered[label], prefix)
-        metrics[f"{prefix}time_ratio"] = _single("lower", 1.0, time_ratio(runner, wanted, controls))
-        metrics[f"{prefix}memory_ratio"] = _single("lower", 1.0, _memory(runner, wanted, controls))
-    if not settings:
-        metrics = _compared(suite, plain, None, "")
-    for rival in suite.rivals:
-        if rival in steered and "controlled" in steered:
-            metrics |= _compared(suite, steered[rival], steered["controlled"], f"over_{rival}.")
+    drawn = {VANILLA: _draw(runner, wanted, {}, tick)}
+    ratios: dict[str, Metric] = {}
+    for label, controls in settings.items():
+        drawn[label] = _draw(runner, wanted, controls, tick)
+        ratios[f"{prefix(label)}time_ratio"] = _single("lower", 1.0, time_ratio(runner, wanted, controls))
+        ratios[f"{prefix(label)}memory_ratio"] = _single("lower", 1.0, _memory(runner, wanted, controls))
+    ways = {label: _way(suite, tasks, images, drawn[VANILLA]) for label, images in drawn.items()}
     if options.grid is not None:
-        options.grid(_grid(wanted, ways))
-    found = result(suite.name, model, seeds, time.monotonic() - begin, metrics)
+        options.grid(_grid(wanted, drawn))
+    found = result(suite.name, model, seeds, time.monotonic() - begin, {**compared(suite, ways), **ratios})
     found["split"] = options.split
-    rows = [
-        {"task": index, "prompts": [one.prompt for one in asked]}
-        | {label: way.values[index] for label, way in {"vanilla": plain, **steered}.items()}
-        for index, asked in enumerate(wanted)
-    ]
-    return {**found, "rows": rows} if options.rows else found
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One way of drawing, as it was measured: a value for each metric, task by task; what `whole` read of the tasks."""
-
-    values: Sequence[Mapping[str, float]]
-    reads: Mapping[str, Sequence[Any]]
-
-    @classmethod
-    def of(cls, suite: Suite[Any], tasks: Sequence[Any], images: Sequence[Images], plain: Sequence[Images]) -> _Way:
-        reads = {name: one.reads(tasks, images) for name, one in suite.whole.items()}
-        return cls(_values(suite, tasks, images, plain), reads)
-
-
-def _compared(suite: Suite[Any], first: _Way, second: _Way | None, prefix: str) -> dict[str, Metric]:
-    """Every metric in the first way and in the second; without a second one, of the first alone."""
-    found = {}
-    for name, way in {**suite.better, **COMMON}.items():
-        other = None if second is None else [value[name] for value in second.values]
-        found[prefix + name] = metric([value[name] for value in first.values], other, way)
-    for name, whole in suite.whole.items():
-        read = None if second is None else second.reads[name]
-        found[prefix + name] = set_metric(whole.of, first.reads[name], read, whole.better)
+    if options.rows:
+        found["rows"] = [
+            _row(number, asked, {label: way.row(index) for label, way in ways.items()})
+            for index, (number, asked) in enumerate(zip(numbered, wanted, strict=True))
+        ]
     return found
 
 
+def _row(number: int, asked: Sequence[Picture], told: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """What is told of one task: its values in each way of drawing, and what metrics of whole sets read of it."""
+    values = {label: own for label, (own, _) in told.items()}
+    reads = {label: read for label, (_, read) in told.items()}
+    return {"task": number, "prompts": [one.prompt for one in asked], **values, "whole": reads}
+
+
 def _settings(suite: Suite[Any], options: Options, runner: Runner) -> dict[str, Acting]:
-    """Controls by the prefix of their metrics' names."""
+    """Controls by the label of their way of drawing."""
     first = suite.controls if options.controls is None else options.controls
     variants = suite.variants(runner) if callable(suite.variants) else suite.variants
     asked = options.variants if not isinstance(options.variants, bool) else variants if options.variants else ()
     if unknown := [name for name in asked if name not in variants]:
         raise ValueError(f"suite {suite.name!r} has no variant {unknown[0]!r}; it has {', '.join(variants) or 'none'}.")
-    return {**({"": first} if first else {}), **{f"{name}.": variants[name] for name in asked}}
+    return {**({CONTROLLED: first} if first else {}), **{name: variants[name] for name in asked}}
 
 
-def _values(
-    suite: Suite[Any], tasks: Sequence[Any], drawn: Sequence[Images], plain: Sequence[Images]
-) -> list[dict[str, float]]:
-    """A value for each metric, task by task."""
+def _way(suite: Suite[Any], tasks: Sequence[Any], drawn: Sequence[Images], plain: Sequence[Images]) -> Way:
+    """What is measured of one way of drawing."""
     found = []
     for index, (task, images) in enumerate(zip(tasks, drawn, strict=True)):
         # a picture that is alone in its task is compared with its neighbour's
         others = images if len(images) > 1 else [*images, *drawn[(index + 1) % len(drawn)]]
         common = {"prompt_fidelity": suite.fidelity(task, images), "diversity": diversity(others)}
         found.append({**suite.values(task, images, plain[index]), **common})
-    return found
+    return Way(found, {name: one.reads(tasks, drawn) for name, one in suite.whole.items()})
 
 
 def diversity(images: Images) -> float:
