@@ -93,7 +93,8 @@ class LayoutPipeline(Wrapper):
             background: what is outside all boxes and masks; one text for all layouts, or one for each.
             negative_prompt: what guidance moves away from; one for all, or one for each.
             preset: name of a stack of controls, see `attnctrl.presets`; if left out, "references" where subjects have
-                some, else "layout", or "texts" on UNets, whose coarse levels isolation hurts (see docs/layout.md).
+                some, else "layout", or "texts" on UNets, whose coarse levels isolation hurts, or "emphasis" on SD3 (see
+                docs/layout.md).
             controls: instead of a preset: a list (its `Regions` hold what they hold), or a function of the regions of
                 each layout; [] for none.
             overlap: what becomes of tokens in several places, for presets.

@@ -28,15 +28,18 @@ class Grouped(Regional):
         reference_weight: w >= 0: the reference of a region counts w times to its image tokens (log-weight log w), as if
             it were there w times; 1 is as the model has it. What region tokens read of a picture shrinks with each
             picture, text and region that share their attention; more than 1 makes up for it.
+        text_weight: w >= 0: the text of a region counts w times to its image tokens, in the same way.
     """
 
     needs_regions: ClassVar[bool] = True
 
     reference_weight: float = field(default=1.0, kw_only=True)
+    text_weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("reference_weight", 0, 1000)
+        self._check_range("text_weight", 0, 1000)
 
     @property
     def is_idle(self) -> bool:
@@ -64,10 +67,10 @@ class Grouped(Regional):
             if is_appended(q, own) or is_appended(k, own):
                 to_text = self.appends_text and not is_appended(q, own)
                 cut = 0.0 if self.appends_text else 1 - self.strength
-                return (self._strength(situation, k.members) if to_text else 1.0) if sees else cut
+                counts = self._counts(situation, q, k, own)
+                return counts * (self._strength(situation, k.members) if to_text else 1.0) if sees else cut
             if sees:
-                shown = k.kind == "reference" and q.kind == "image"
-                return self._of_reference(situation, q.members & k.members & own) if shown else 1.0
+                return self._counts(situation, q, k, own)
             return 1 - self._strength(situation, (q.members | k.members) & own)
 
         return weight
@@ -80,12 +83,14 @@ class Grouped(Regional):
         """Regions of strength 0 are not there for controls that bring their texts: their tokens are background."""
         return frozenset(r for r in own if situation.regions[r].strength > 0) if self.appends_text else own
 
-    def _of_reference(self, situation: Situation, members: frozenset[int]) -> float:
-        """How often a reference counts to tokens of its regions: `reference_weight`, softened as everything else."""
-        if not members:
+    def _counts(self, situation: Situation, q: Group, k: Group, own: frozenset[int]) -> float:
+        """How often a reference or a text of a region counts to its image tokens, softened as everything else."""
+        told = {"reference": self.reference_weight, "phrase": self.text_weight, "region_text": self.text_weight}
+        members = q.members & k.members & own
+        if q.kind != "image" or k.kind not in told or not members:
             return 1.0
         strength = self._strength(situation, members)
-        return 1 - strength + strength * self.reference_weight
+        return 1 - strength + strength * told[k.kind]
 
     def _strength(self, situation: Situation, members: frozenset[int]) -> float:
         if not self.appends_text:

@@ -145,6 +145,8 @@ def softened(rule: Rule, cut: float) -> Rule:
 
     def soft(q: Token, k: Token) -> float:
         sees = rule(q, k)
+        if "register" in (q.kind, k.kind):
+            return sees
         if "text" in (q.kind, k.kind):
             return sees * (1 - cut if k.kind == "text" and q.kind != "text" else 1.0)
         return sees or cut
@@ -152,9 +154,10 @@ def softened(rule: Rule, cut: float) -> Rule:
     return soft
 
 
-def weighted(weight: float) -> Rule:
-    """A reference counts so often to the image tokens of its regions."""
-    return lambda q, k: weight if (q.kind, k.kind) == ("image", "reference") and q.members & k.members else 1.0
+def weighted(weight: float, *kinds: str) -> Rule:
+    """A reference, or other kinds of keys, counts so often to the image tokens of its regions."""
+    named = kinds or ("reference",)
+    return lambda q, k: weight if q.kind == "image" and k.kind in named and q.members & k.members else 1.0
 
 
 CASES = {
@@ -178,6 +181,10 @@ CASES = {
         lambda r: [ac.Regions(r, reference_weight=3.0), ac.Isolate()],
         lambda r: [regional("background"), isolating("isolated"), weighted(3.0)],
         references=2,
+    ),
+    "regions-text-weighted": Case(
+        lambda r: [ac.Regions(r, text_weight=3.0)],
+        lambda r: [regional("background"), weighted(3.0, "text")],
     ),
     "isolate": Case(lambda r: [ac.Isolate(r)], lambda r: [isolating("isolated")], texts=False),
     "isolate-reads-all": Case(
@@ -210,6 +217,10 @@ CASES = {
         lambda r: [ac.GroupIsolation(r, reference_weight=0.5, strength=0.5)],
         lambda r: [softened(lamic("B"), 0.5), weighted(0.75)],
         references=2,
+    ),
+    "lamic-text-weighted": Case(
+        lambda r: [ac.GroupIsolation(r, text_weight=3.0, strength=0.5)],
+        lambda r: [softened(lamic("B"), 0.5), weighted(2.0, "text")],
     ),
     "stack": Case(
         lambda r: [ac.Isolate(background="reads_all"), ac.Regions(r)],

@@ -85,6 +85,27 @@ def test_layouts_leave_words_of_the_prompt_to_group_isolation() -> None:
     assert [[len(scene) for scene in one.scenes] for one in own] == [[3, 0, 0], [0, 3, 0]]
 
 
+def test_emphasis_weighs_words_in_their_regions_and_cuts_nothing() -> None:
+    setting = flux()
+    spans = [(0, 2), (2, 3), (4, 5)]
+    scene = [replace(one, prompt_embeds=None, spans=(own,)) for one, own in zip(regions(), spans, strict=True)]
+    row = tokens(setting, scene, texts=False)
+    table = torch.ones(len(row), len(row), dtype=torch.float64)
+    for i, token in enumerate(row):
+        for region in token.members:
+            table[i, slice(*spans[region])] = 2.5
+    assert (table > 1).any()
+    assert (table == 1).any()
+    with ac.attach(setting.model, ac.preset("emphasis", scene, weight=2.5)), probe() as calls:
+        setting.run()
+    assert calls
+    for call in calls:
+        assert call.error(dense(call.query, call.key, call.value, (table, None))) < 1e-5
+    # appended texts stay those of their regions
+    (own,) = ac.preset("emphasis", regions())
+    assert (own.name, own.text_weight) == ("regions", 2.0)
+
+
 def always(control: Any) -> Any:
     """The control at all steps, the same at each: a bare model has no first one."""
     flat = {"last": control.first} if isinstance(control, ac.PlainQueries) else {}
