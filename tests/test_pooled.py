@@ -15,6 +15,8 @@ from attnctrl.toybox.pooled import main, pooled
 from attnctrl.toybox.suite import Options, measure
 from attnctrl.toybox.suites_sets import SUBJECTS
 
+COMMAND = "eval --first 2, eval --first 0, python -m attnctrl.toybox.pooled"
+
 
 @pytest.fixture(scope="module")
 def measured():
@@ -37,7 +39,7 @@ def test_parts_are_the_whole(measured, tmp_path, capsys):
         path.write_text(json.dumps(part))
     main([str(path) for path in files])
     found = json.loads(capsys.readouterr().out)
-    assert (found["n"], found["split"], found["command"]) == (3, "test", "eval --first 2; eval --first 0")
+    assert (found["n"], found["split"], found["command"]) == (3, "test", COMMAND)
     assert list(found["metrics"]) == list(whole["metrics"])
     ratios = {name for name in whole["metrics"] if name.endswith("_ratio")}
     assert len(ratios) == 4

@@ -79,7 +79,12 @@ def evaluate(
         measured = SUITES[suite](model, seeds, advance, options)
     asked = ["--variants"] if variants else [f"--variant {shlex.quote(name)}" for name in variant or ()]
     begin = ["--first", str(first)] if first else []
-    flags = [*begin, *asked, *(["--split", split.value] if split is not Split.test else [])]
+    flags = [
+        *begin,
+        *asked,
+        *(["--rows"] if rows else []),
+        *(["--split", split.value] if split is not Split.test else []),
+    ]
     command = " ".join(["attnctrl eval", suite, "--model", model, "--seeds", str(seeds), *flags, "--format json"])
     result = {**measured, "command": command, "versions": versions()}
     emit(form, result, lambda: table(result), _lines(result))

@@ -49,7 +49,7 @@ def pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = result(
         first["suite"], first["model"], len(rows), sum(part["seconds"] for part in parts), {**metrics, **ratios}
     )
-    command = "; ".join(part["command"] for part in parts)
+    command = ", ".join(part["command"] for part in parts) + ", python -m attnctrl.toybox.pooled"
     return {**found, "split": first["split"], "command": command, "versions": first["versions"]}
 
 

@@ -22,7 +22,8 @@ small: read these numbers as how a method acts, with its price, not as what it r
 
 A cell is the mean with control, and in brackets the 95 % bootstrap interval of its difference from the same seeds
 without (of the mean itself where nothing is controlled). An arrow says where better is. Tasks are of the split "test",
-on which no setting was chosen, unless the row says otherwise.
+on which no setting was chosen, unless the row says otherwise. In columns named `over_...` a cell is control again, and
+the interval that of its difference from the variant of that name.
 """
 
 

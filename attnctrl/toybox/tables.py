@@ -47,18 +47,18 @@ LAYOUT = {
 }
 
 
-def layout(model: str) -> Table:
+def layout(model: str, result: str) -> Table:
     """Metrics down; without control, with it, and the difference."""
     forms = (PLAIN, "{controlled:.3f}", "{delta:+.3f} ({low:+.3f} .. {high:+.3f})")
     return Table(
         (model, "prompt alone", "with boxes", "difference, 95 % interval"),
-        [(f"`{key}`: {what}", *((f"layout-{model}", key, form) for form in forms)) for key, what in LAYOUT.items()],
+        [(f"`{key}`: {what}", *((result, key, form) for form in forms)) for key, what in LAYOUT.items()],
     )
 
 
 STACKS = {
     "prompt alone": ("", PLAIN),
-    "with boxes, as above": ("", "{controlled:.3f}"),
+    "with boxes": ("", "{controlled:.3f}"),
     "each text encoded by itself": ("separate.", "{controlled:.3f}"),
     "`Regions` alone": ("regions_only.", "{controlled:.3f}"),
     'parted throughout, `Isolate(background="isolated")`': ("parted_always.", "{controlled:.3f}"),
@@ -121,6 +121,11 @@ def changes(first: str, columns: Mapping[str, str], rows: Sequence[tuple[str, st
 
 
 SUBJECTS = {"`subjects`": "", "shared attention alone": "shared."}
+OVER_SHARED = {
+    "toy-sd, 64 casts": "subjects-toy-sd",
+    "toy-sd3, 512 casts": "subjects-512-toy-sd3",
+    "toy-flux, 256 casts": "subjects-256-toy-flux",
+}
 PUBLISHED = {"`consistory`": "consistory.", "`storydiffusion`": "storydiffusion."}
 SETS = ("toy-flux", "toy-sd", "toy-sd3")
 REPOSITION = {
@@ -228,7 +233,8 @@ def inversion(model: str, steps: Sequence[int]) -> Table:
 
 
 TABLES: Mapping[str, Table | Each] = {
-    **{f"layout {model}": layout(model) for model in ("toy-sd", "toy-flux", "toy-sd3")},
+    **{f"layout {model}": layout(model, f"layout-{model}") for model in ("toy-sd", "toy-flux")},
+    "layout toy-sd3": layout("toy-sd3", "layout-512-toy-sd3"),
     "stacks": stacks(("toy-flux", "toy-sd", "toy-sd3"), ("binding", "seam")),
     "models": models(("toy-sd", "toy-flux", "toy-sd3")),
     "references": references("toy-flux", 4),
@@ -253,6 +259,11 @@ TABLES: Mapping[str, Table | Each] = {
             for model in SETS
             for label, prefix in {**SUBJECTS, **PUBLISHED}.items()
         ],
+    ),
+    "subjects over shared": changes(
+        "shared attention alone -> `subjects`",
+        {f"`{metric}`": metric for metric in ("identity_margin", "prompt_fidelity", "diversity")},
+        [(label, result, "over_shared.") for label, result in OVER_SHARED.items()],
     ),
     "reposition": changes(
         "reposition, toy-flux",
