@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
+import tiny_mmdit
 import torch
 from harness import Token, dense, flux, probe, regions, tokens, unet, weights
 from table import Rule, isolating, lamic, regional
@@ -104,6 +106,13 @@ def test_emphasis_weighs_words_in_their_regions_and_cuts_nothing() -> None:
     # appended texts stay those of their regions
     (own,) = ac.preset("emphasis", regions())
     assert (own.name, own.text_weight) == ("regions", 2.0)
+
+
+def test_families_have_the_preset_that_was_measured_best() -> None:
+    models = {"layout": (tiny.flux(), tiny_mmdit.chroma()), "texts": (tiny.unet(),), "emphasis": (tiny.sd3(),)}
+    assert {name: {presets.default_preset(model) for model in own} for name, own in models.items()} == {
+        name: {name} for name in models
+    }
 
 
 def always(control: Any) -> Any:
