@@ -2,7 +2,8 @@
 
 Parts are what `attnctrl eval SUITE --rows --format json` printed for different tasks (`--first`), each in a process of
 its own. Every metric and its interval is worked out anew from all tasks; times are those of the parts together, ratios
-of time and memory their mean. A picture that is alone in its task is compared with a neighbour of its part (`diversity`).
+of time and memory their mean. A picture that is alone in its task is compared with a neighbour of its part
+(`diversity`).
 """
 
 from __future__ import annotations
