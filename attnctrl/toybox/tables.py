@@ -233,7 +233,8 @@ def inversion(model: str, steps: Sequence[int]) -> Table:
 
 
 TABLES: Mapping[str, Table | Each] = {
-    **{f"layout {model}": layout(model, f"layout-{model}") for model in ("toy-sd", "toy-flux")},
+    "layout toy-sd": layout("toy-sd", "layout-1024-toy-sd"),
+    "layout toy-flux": layout("toy-flux", "layout-toy-flux"),
     "layout toy-sd3": layout("toy-sd3", "layout-512-toy-sd3"),
     "stacks": stacks(("toy-flux", "toy-sd", "toy-sd3"), ("binding", "seam")),
     "models": models(("toy-sd", "toy-flux", "toy-sd3")),
