@@ -75,8 +75,9 @@ def test_eval_passes_on_how_to_measure(call, suites, tmp_path):
     out = call("eval", "layout", "--seeds", 3, "--variant", "other", "--variant", "third", "--format", "json")[1]
     assert suites[-1][2].variants == ("other", "third")
     assert " --seeds 3 --variant other --variant third --format json" in json.loads(out)["command"]
-    out = call("eval", "layout", "--seeds", 3, "--first", 6, "--format", "json")[1]
-    assert (suites[-1][2].first, "--seeds 3 --first 6 --format" in json.loads(out)["command"]) == (6, True)
+    out = call("eval", "layout", "--seeds", 3, "--first", 6, "--rows", "--split", "tune", "--format", "json")[1]
+    assert suites[-1][2].first == 6
+    assert " --seeds 3 --first 6 --rows --split tune --format json" in json.loads(out)["command"]
     code, _, err = call("eval", "model", "--first", 6)
     assert (code, "'model' have no numbers" in " ".join(err.replace("│", " ").split())) == (2, True)
     code, _, err = call("eval", "layout", "--variant", "other", "--variants")

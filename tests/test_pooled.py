@@ -52,6 +52,9 @@ def test_parts_are_the_whole(measured, tmp_path, capsys):
         assert found["metrics"][name]["controlled"] == pytest.approx((one + 2 * two) / 3)
         assert found["metrics"][name]["delta"] == pytest.approx((one + 2 * two) / 3 - 1)
     assert whole["metrics"]["identity_margin"]["delta"] != 0
+    assert whole["metrics"]["over_shared.identity_margin"]["vanilla"] == pytest.approx(
+        whole["metrics"]["shared.identity_margin"]["controlled"]
+    )
     # a part by itself says something else
     assert parts[1]["metrics"]["identity_margin"] != whole["metrics"]["identity_margin"]
 

@@ -77,14 +77,9 @@ def evaluate(
     options = Options(split=split.value, variants=tuple(variant or ()) or variants, rows=rows, first=first, grid=save)
     with progress_bar(f"eval {suite}", form) as advance:
         measured = SUITES[suite](model, seeds, advance, options)
-    asked = ["--variants"] if variants else [f"--variant {shlex.quote(name)}" for name in variant or ()]
-    begin = ["--first", str(first)] if first else []
-    flags = [
-        *begin,
-        *asked,
-        *(["--rows"] if rows else []),
-        *(["--split", split.value] if split is not Split.test else []),
-    ]
+    named = ["--variants"] if variants else [f"--variant {shlex.quote(name)}" for name in variant or ()]
+    told = {f"--first {first}": first > 0, "--rows": rows, f"--split {split.value}": split is not Split.test}
+    flags = [*(flag for flag, asked in told.items() if asked), *named]
     command = " ".join(["attnctrl eval", suite, "--model", model, "--seeds", str(seeds), *flags, "--format json"])
     result = {**measured, "command": command, "versions": versions()}
     emit(form, result, lambda: table(result), _lines(result))
