@@ -10,6 +10,7 @@ import pytest
 import torch
 from attnctrl.pipelines.runner import Runner
 
+from attnctrl.errors import SelectionError
 from attnctrl.metrics.frechet import frechet_distance
 from attnctrl.metrics.memory import peak_bytes
 from attnctrl.toybox.models.flux import tiny_pipeline
@@ -132,7 +133,7 @@ def test_variants_and_other_settings_come_by_name(runner):
 def test_single_variants_come_by_name(runner):
     found = measure(LAYOUT, runner, "tiny", 1, None, Options(variants=["separate"]))["metrics"]
     assert {name.rpartition(".")[0] for name in found} == {"", "separate"}
-    with pytest.raises(ValueError, match="suite 'layout' has no variant 'seperate'; it has separate, regions"):
+    with pytest.raises(SelectionError, match="suite 'layout' has no variant 'seperate'; it has separate, regions"):
         measure(LAYOUT, runner, "tiny", 1, None, Options(variants=["seperate"]))
 
 

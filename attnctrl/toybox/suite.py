@@ -16,6 +16,7 @@ from PIL import Image
 
 import attnctrl
 from attnctrl.controls import CONTROLS
+from attnctrl.errors import SelectionError
 from attnctrl.execute.bench import interleaved
 from attnctrl.metrics import result
 from attnctrl.metrics.memory import peak_bytes
@@ -206,7 +207,9 @@ def _settings(suite: Suite[Any], options: Options, runner: Runner) -> dict[str, 
     variants = suite.variants(runner) if callable(suite.variants) else suite.variants
     asked = options.variants if not isinstance(options.variants, bool) else variants if options.variants else ()
     if unknown := [name for name in asked if name not in variants]:
-        raise ValueError(f"suite {suite.name!r} has no variant {unknown[0]!r}; it has {', '.join(variants) or 'none'}.")
+        raise SelectionError(
+            f"suite {suite.name!r} has no variant {unknown[0]!r}; it has {', '.join(variants) or 'none'}."
+        )
     return {**({CONTROLLED: first} if first else {}), **{name: variants[name] for name in asked}}
 
 
