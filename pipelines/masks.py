@@ -4,50 +4,75 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from attnctrl.pipelines.cast import Character, Shot
 from torch import Tensor
 
-from attnctrl.maps import minmax, otsu
+from attnctrl.maps import Cells, Key, Recording, attended
 from attnctrl.region import Region
+from attnctrl.schedule import Window
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = ["CELLS", "READING", "Attention", "MaskWarning", "attention_keys", "places"]
 
-__all__ = ["MaskWarning", "attended", "places"]
+READING: Window = (0.3, 1.0)
+"""When attention is read: the first steps know of no places yet."""
+CELLS = Cells(8, 8)
+"""Along whose attention maps of words are spread."""
+_CELLS = ""
+"""No character has this name."""
+Find = Callable[[Sequence[Character]], Mapping[str, Any]]
 
 
 class MaskWarning(UserWarning):
     """A character was found nowhere, or everywhere."""
 
 
-def places(
-    cast: Sequence[Character],
-    shot: Shot,
-    label: str,
-    image: Image.Image,
-    segment: Callable[[Image.Image, Character], Any] | None,
-    heats: Mapping[str, Tensor],
-) -> list[Region]:
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What was read in the plain pictures of all shots.
+
+    Attributes:
+        heats: [shots, h, w] by name, what image tokens give to the words of a character.
+        cells: [shots, m, h, w], what they give to `CELLS`; None where no layer has as many tokens.
+    """
+
+    heats: Mapping[str, Tensor]
+    cells: Tensor | None
+
+    @classmethod
+    def of(cls, found: Recording) -> Attention:
+        """Of a record of `attention_keys`."""
+        heats = {name: found[name] for name in found.names if name != _CELLS}
+        return cls(heats, found.get(_CELLS))
+
+    def find(self, number: int, lost: Sequence[Character]) -> dict[str, Tensor]:
+        """bool [h, w] by name: the masks of these characters in a shot."""
+        heats = torch.stack([self.heats[one.name][number] for one in lost])
+        cells = None if self.cells is None else self.cells[number]
+        masks = attended(heats, cells, (CELLS.rows, CELLS.columns)).masks
+        return {one.name: mask for one, mask in zip(lost, masks, strict=True)}
+
+
+def attention_keys(words: Mapping[str, Key]) -> dict[str, Key]:
+    """What `attnctrl.maps.record` reads for `Attention`; `words` of characters by name."""
+    return {**words, _CELLS: CELLS}
+
+
+def places(cast: Sequence[Character], shot: Shot, label: str, find: Find) -> list[Region]:
     """The regions of a shot's characters, with their names and descriptions, in the order of the cast.
 
     Warns of those found nowhere or everywhere.
 
     Args:
         label: of the shot, for warnings.
-        image: its plain picture.
-        segment: finds who has no box; None takes attention.
-        heats: [h, w] by name, what image tokens give to the words.
+        find: the masks of those who have no box, by name.
     """
     there = [one for one in cast if one.name in (shot.who or ())]
     lost = [one for one in there if one.name not in shot.boxes]
-    if segment is not None:
-        masks = {one.name: segment(image, one) for one in lost}
-    else:
-        found = attended(torch.stack([heats[one.name] for one in lost])) if lost else ()
-        masks = {one.name: mask for one, mask in zip(lost, found, strict=True)}
+    masks = find(lost) if lost else {}
     regions = []
     for one in there:
         if one.name in shot.boxes:
@@ -56,12 +81,6 @@ def places(
         elif (region := _found(one, masks[one.name], label)) is not None:
             regions.append(region)
     return regions
-
-
-def attended(heats: Tensor) -> Tensor:
-    """bool [n, h, w] of maps [n, h, w]: Otsu's masks; a token in several is that of the greatest stretched map."""
-    strongest = minmax(heats).argmax(0) == torch.arange(len(heats), device=heats.device)[:, None, None]
-    return otsu(heats).masks & strongest
 
 
 def _found(one: Character, mask: Any, label: str) -> Region | None:

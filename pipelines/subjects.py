@@ -11,10 +11,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnctrl.pipelines.base import Progress, ScenePicture, Wrapper
 from attnctrl.pipelines.cast import Character, Shot, resolve, told_by
+from attnctrl.pipelines.masks import READING, Attention, attention_keys, places
 from attnctrl.pipelines.settings import keys_of
 from attnctrl.pipelines.story import Rehearsal, Story, told_in
 
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from attnctrl.select import Selector
 
 __all__ = ["Character", "MultiSubjectPipeline", "Rehearsal", "Shot", "Story"]
-READING: Window = (0.3, 1.0)
-"""When attention is read: the first steps know of no places yet."""
 Segment = Callable[["Image.Image", Character], Any]
 """(picture, character) -> its mask [H, W], or None where it is not seen."""
 
@@ -88,7 +88,7 @@ class MultiSubjectPipeline(Wrapper):
         progress: Progress | None = None,
     ) -> Rehearsal:
         """All shots by the plain model, and where each character is: in its box, where `segment` sees it, or where
-        image tokens attend to its words (Otsu's threshold; a token in several belongs to the strongest).
+        image tokens attend to its words (`attnctrl.maps.attended`).
 
         A character that is found nowhere is left out of that shot, one that fills the picture has all of it; both with
         a `MaskWarning`.
@@ -267,7 +267,6 @@ class MultiSubjectPipeline(Wrapper):
         window: Window,
         progress: Progress | None,
     ) -> Rehearsal:
-        from attnctrl.pipelines.masks import places
 
         from attnctrl.maps import record
 
@@ -280,17 +279,19 @@ class MultiSubjectPipeline(Wrapper):
         read = {} if segment is not None else told_by(cast, shots)
         if not read:
             pictures = self.draw(scenes, seeds, [], False, progress)
-            heats: dict[str, Any] = {}
+
+            def find(number: int, lost: Sequence[Character]) -> Mapping[str, Any]:
+                return {one.name: segment(pictures[number].image, one) for one in lost} if segment else {}
         else:
-            limit = self.settings(scenes[0]).max_sequence_length
+            limit, keys = self.settings(scenes[0]).max_sequence_length, attention_keys(read)
             prompts = [shot.prompt for shot in shots]
-            reading = record(self.pipe, read, prompt=prompts, layers=layers, window=window, max_sequence_length=limit)
+            reading = record(self.pipe, keys, prompt=prompts, layers=layers, window=window, max_sequence_length=limit)
             with reading as found:
                 pictures = self.draw(scenes, seeds, [], False, progress)
-            heats = {name: found[name] for name in read}
+            find = Attention.of(found).find
         regions = tuple(
-            tuple(places(cast, shot, label, picture.image, segment, {name: heat[n] for name, heat in heats.items()}))
-            for n, (shot, label, picture) in enumerate(zip(shots, labels, pictures, strict=True))
+            tuple(places(cast, shot, label, partial(find, number)))
+            for number, (shot, label) in enumerate(zip(shots, labels, strict=True))
         )
         how = (layers, window) if segment is None else None
         return Rehearsal(cast, shots, scenes, tuple(pictures), regions, how)

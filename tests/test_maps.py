@@ -128,6 +128,52 @@ def test_8_otsu_is_the_best_of_all_thresholds(seed):
     assert not found.undecided.any()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_otsu_twice_is_otsus_threshold_with_all_levelled_below_the_first(seed):
+    values = rand(2, 8, 9, seed=seed) ** 2
+    once, twice = maps.otsu(values).masks, maps.otsu(values, times=2, apart=0).masks
+    for group in range(2):
+        levelled = values[group].clamp(min=values[group][once[group]].min())
+        wanted = torch.from_numpy(slow_otsu(levelled.numpy()))
+        assert torch.equal(twice[group], wanted)
+        assert 0 < wanted.sum() < once[group].sum()
+    # two values cannot be parted twice, one not at all
+    two = torch.where(rand(4, 6) > 0.6, 0.31, 0.30)
+    again = maps.otsu(torch.stack([two, torch.full((4, 6), 0.3)]), times=3)
+    assert torch.equal(again.masks[0], two > 0.305)
+    assert again.undecided.tolist() == [False, True]
+    with pytest.raises(ac.ControlError, match="times=0"):
+        maps.otsu(values, times=0)
+
+
+def test_attended_takes_what_leads_leaves_out_halos_and_follows_affinities():
+    halo = torch.tensor([[0.0, 0.55, 1.0, 0.9, 0.5, 0.0, 0.0, 0.0]])
+    assert maps.otsu(halo).masks.int().tolist() == [[0, 1, 1, 1, 1, 0, 0, 0]]
+    assert maps.attended(halo[None]).masks.int().tolist() == [[[0, 0, 1, 1, 0, 0, 0, 0]]]
+    # what is nearly even inside stays whole: .1 is less than three tenths of .95
+    even = torch.tensor([[0.0, 0.0, 1.0, 0.9, 0.9, 1.0, 0.0, 0.0]])
+    assert maps.attended(even[None]).masks.int().tolist() == [[[0, 0, 1, 1, 1, 1, 0, 0]]]
+    assert maps.otsu(even, times=2, apart=0.1).masks.int().tolist() == [[0, 0, 1, 0, 0, 1, 0, 0]]
+    # both words draw both subjects; each the one on which it leads
+    both = torch.tensor([[[1.0, 1.0, 0.0, 0.8, 0.8, 0.0]], [[0.8, 0.8, 0.0, 1.0, 1.0, 0.0]]])
+    assert maps.attended(both).masks.int().tolist() == [[[1, 1, 0, 0, 0, 0]], [[0, 0, 0, 1, 1, 0]]]
+    # a token that the words miss joins those that it attends to
+    word = torch.tensor([[[1.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]])
+    cells = torch.zeros(4, 1, 8)
+    cells[0, 0, :3], cells[2, 0, 3:] = 1.0, 1.0
+    assert maps.attended(word).masks.int().tolist() == [[[1, 1, 0, 0, 0, 0, 0, 0]]]
+    assert maps.attended(word, cells, (1, 4)).masks.int().tolist() == [[[1, 1, 1, 0, 0, 0, 0, 0]]]
+    # spread maps overlap; a token is that of the greatest
+    two = torch.tensor([[[1.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 1.0]]])
+    mixed = torch.tensor([[[8.0, 6.0, 2.0, 1.0]], [[1.0, 2.0, 6.0, 8.0]]])
+    assert maps.attended(two, mixed, (1, 2), power=1).masks.int().tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
+    nothing = maps.attended(torch.full((2, 1, 4), 0.3))
+    assert not nothing.masks.any()
+    assert nothing.undecided.all()
+    with pytest.raises(ac.ControlError, match="not those of 2 x 4 cells"):
+        maps.attended(word, cells, (2, 4))
+
+
 def test_8_a_map_of_two_values_is_parted_exactly_and_a_constant_one_is_undecided():
     two = torch.where(rand(4, 6) > 0.6, 0.31, 0.30)
     masks, undecided = maps.otsu(torch.stack([two, torch.full((4, 6), 0.3)]))
@@ -243,8 +289,7 @@ def test_keys_are_columns_over_the_layout():
         Keys("x", None, (((3, 5),),)).columns(layout, 0)
     cells = Keys("x", maps.Cells(1, 2)).columns(layout, 0)
     assert cells[4:12].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]] * 2
-    with pytest.raises(ac.LayoutError, match=r"3 x 1 cells are finer than the image's 2 x 4 tokens"):
-        Keys("x", maps.Cells(3, 1)).columns(layout, 0)
+    assert Keys("x", maps.Cells(3, 1)).columns(layout, 0) is None
 
 
 def test_heat_is_brightest_where_the_map_is_greatest():

@@ -10,7 +10,7 @@ import tiny_pipes
 import torch
 from attnctrl.pipelines import Character, MultiSubjectPipeline, ScenePipeline, Shot
 from attnctrl.pipelines.cast import resolve, told_by
-from attnctrl.pipelines.masks import MaskWarning, attended
+from attnctrl.pipelines.masks import CELLS, MaskWarning
 
 import attnctrl as ac
 from attnctrl import maps
@@ -110,24 +110,20 @@ def test_who_has_no_box_is_where_attention_to_the_words_is():
     shots = [Shot("{ball} left, {box} right"), Shot("{ball} right", seed=3)]
     prompts = ["a red circle left, a blue square right", "a red circle right"]
     rehearsal = pipe.rehearse(CAST, shots, **SIZES)
-    read = {"ball": ["a red circle", "a red circle"], "box": ["a blue square", None]}
+    read = {"ball": ["a red circle", "a red circle"], "box": ["a blue square", None], "cells": CELLS}
     scenes = [Scene.from_dict({"version": 1, "prompt": p, "width": 32, "height": 32, "steps": 2}) for p in prompts]
     with maps.record(pipe.pipe, read, prompt=prompts, window=(0.3, 1.0)) as found:
         pipe.draw(scenes, [[0], [3]], [], False, None)
     assert float(found["box"][1].abs().max()) == 0
-    wanted = attended(torch.stack([found["ball"][0], found["box"][0]]))
+    wanted = maps.attended(torch.stack([found["ball"][0], found["box"][0]]), found["cells"][0]).masks
     for region, mask in zip(rehearsal.regions[0], wanted, strict=True):
         assert torch.equal(region.mask >= 0.5, mask)
         assert 0 < float(region.mask.mean()) < 1
-    assert torch.equal(rehearsal.regions[1][0].mask >= 0.5, maps.otsu(found["ball"][1]).masks)
+    alone = maps.attended(found["ball"][1:], found["cells"][1]).masks
+    assert torch.equal(rehearsal.regions[1][0].mask >= 0.5, alone[0])
+    assert not torch.equal(alone, maps.attended(found["ball"][1:]).masks)
     with pytest.raises(ac.LayoutError, match="3 phrases for 2 prompts"):
         maps.record(pipe.pipe, {"ball": ["a red circle", None, None]}, prompt=prompts)
-
-
-def test_a_token_in_two_masks_is_the_strongers():
-    heats = torch.tensor([[[1.0, 0.9, 0.0, 0.0]], [[0.0, 1.6, 2.0, 0.0]]])
-    assert attended(heats).int().tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 0]]]
-    assert not attended(torch.full((2, 1, 4), 0.3)).any()
 
 
 def test_a_segmenter_may_find_them_and_says_when_it_cannot():

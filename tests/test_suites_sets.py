@@ -169,11 +169,12 @@ def test_subjects_are_steered_where_a_plain_run_finds_them():
     words = [one.worded[0].prompt for one in pictures]
     assert all(word in one.prompt for word, one in zip(words, pictures, strict=True))
     prompts = [one.prompt for one in pictures]
-    with maps.record(runner.pipe, {"it": words}, prompt=prompts, window=(0.3, 1.0), max_sequence_length=40) as found:
+    keys = {"it": words, "cells": maps.Cells(8, 8)}
+    with maps.record(runner.pipe, keys, prompt=prompts, window=(0.3, 1.0), max_sequence_length=40) as found:
         runner.draw(prompts, [one.seed for one in pictures])
-    for scene, heat, word in zip(share.scenes, found["it"], words, strict=True):
+    for scene, heat, cells, word in zip(share.scenes, found["it"], found["cells"], words, strict=True):
         assert [(region.label, region.mask.bool().tolist()) for region in scene] == [
-            (word, maps.otsu(heat).masks.tolist())
+            (word, maps.attended(heat[None], cells).masks[0].tolist())
         ]
 
 

@@ -10,7 +10,7 @@ Nothing here makes a map of tokens x tokens: the kernel itself is given values t
 
 from __future__ import annotations
 
-from .cluster import affinity, cluster, kmeans, propagate
+from .cluster import affinity, attended, cluster, kmeans, propagate
 from .heat import legend, overlay
 from .keys import Cells, Key
 from .masks import Masks, argmax, minmax, otsu, share, threshold
@@ -24,6 +24,7 @@ __all__ = [
     "Recording",
     "affinity",
     "argmax",
+    "attended",
     "cluster",
     "kmeans",
     "legend",

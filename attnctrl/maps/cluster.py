@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ControlError
-from .masks import Masks, decided, minmax
+from .masks import Masks, decided, minmax, otsu
 
-__all__ = ["affinity", "cluster", "kmeans", "propagate", "spread_by"]
+__all__ = ["affinity", "attended", "cluster", "kmeans", "propagate", "spread_by"]
 
 _ROUNDS = 100
 _TINY = 1e-12
@@ -118,9 +118,41 @@ def propagate(spread: Callable[[Tensor], Tensor], maps: Tensor, power: int = 4, 
         Masks [n, h, w] that do not overlap.
     """
     stretched = minmax(spread_by(spread, maps, power))
-    nobody = torch.zeros_like(stretched[:1])
-    best = [torch.cat([stretched[:g], stretched[g + 1 :], nobody]).amax(0) for g in range(len(maps))]
-    return decided(stretched > torch.stack(best) + margin)
+    return decided(stretched > _best_other(stretched) + margin)
+
+
+def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int] = (8, 8), power: int = 2) -> Masks:
+    """Ours: where groups such as subjects stand, from maps of their words.
+
+    In joint attention words of one subject draw all subjects, weakly and with a halo. So what counts of each stretched
+    map is by how much it leads all others; that is spread along affinities, as in `propagate`, and Otsu's threshold
+    taken twice, which leaves the halo out. A token in several masks is that of the greatest.
+
+    Args:
+        maps: [n, h, w]; a single one leads by itself.
+        features: [m, h, w], maps of `Cells` of the picture, see `affinity`; None leaves maps as they are.
+        grid: (rows, columns) of the cells.
+        power: number of products.
+
+    Returns:
+        Masks [n, h, w] that do not overlap.
+
+    Raises:
+        ControlError: when the number of cells is another.
+    """
+    stretched = minmax(maps)
+    grown = (stretched - _best_other(stretched)).clamp(min=0)
+    if features is not None:
+        grown = minmax(spread_by(affinity(features, grid), grown, power))
+    strongest = grown.argmax(0) == torch.arange(len(grown), device=grown.device)[:, None, None]
+    return decided(otsu(grown, times=2).masks & strongest)
+
+
+def _best_other(maps: Tensor) -> Tensor:
+    """[n, h, w]: of each group the greatest of all others, and 0 where there is none."""
+    nobody = torch.zeros_like(maps[:1])
+    best = [torch.cat([maps[:g], maps[g + 1 :], nobody]).amax(0) for g in range(len(maps))]
+    return torch.stack(best)
 
 
 def spread_by(spread: Callable[[Tensor], Tensor], maps: Tensor, power: int) -> Tensor:

@@ -30,7 +30,10 @@ _WHOLE = {
 
 @dataclass(frozen=True)
 class Cells:
-    """The image's keys, pooled to rows x columns cells: a map for each cell, as features of the image's tokens."""
+    """The image's keys, pooled to rows x columns cells: a map for each cell, as features of the image's tokens.
+
+    Layers with fewer tokens along a side, such as the deep ones of a UNet, are not read.
+    """
 
     rows: int
     columns: int
@@ -56,7 +59,8 @@ class Keys:
     spans: tuple[tuple[Span, ...], ...] = ()
 
     def columns(self, layout: Layout, prompt: int) -> Tensor | None:
-        """float32 [keys, c], 1 where a key belongs to the group, or [keys, cells]; None where there are no such keys.
+        """float32 [keys, c], 1 where a key belongs to the group, or [keys, cells]; None where there are no such keys,
+        or fewer than cells.
 
         Args:
             layout: of the keys.
@@ -78,6 +82,8 @@ class Keys:
             values = marked(spans, len(place), f"'{self.name}'")[:, None].float()
         elif isinstance(self.key, Region):
             values = membership([self.key], layout.grid).T.float()
+        elif self.key.rows > layout.grid[-2] or self.key.columns > layout.grid[-1]:
+            return None
         else:
             values = _cells(self.key, layout.grid)
         return _placed(layout, [(place.start, place.stop)], values)
@@ -129,17 +135,8 @@ def _placed(layout: Layout, ranges: Sequence[Span], values: Tensor) -> Tensor:
 
 
 def _cells(cells: Cells, grid: tuple[int, ...]) -> Tensor:
-    """float32 [tokens of the grid, cells]: 1 where a token lies in a cell; a film's frames have the same cells.
-
-    Raises:
-        LayoutError: when there are more cells than tokens along a side.
-    """
+    """float32 [tokens of the grid, cells]: 1 where a token lies in a cell; a film's frames have the same cells."""
     height, width = grid[-2:]
-    if cells.rows > height or cells.columns > width:
-        raise LayoutError(
-            f"{cells.rows} x {cells.columns} cells are finer than the image's {height} x {width} tokens in one of the "
-            "layers. Take fewer, or other `layers`."
-        )
     rows = torch.arange(height) * cells.rows // height
     columns = torch.arange(width) * cells.columns // width
     number = (rows[:, None] * cells.columns + columns).flatten().repeat(prod(grid[:-2]))

@@ -52,9 +52,42 @@ def threshold(maps: Tensor, level: float = 0.5) -> Masks:
     return decided(minmax(maps) > level)
 
 
-def otsu(maps: Tensor) -> Masks:
-    """Otsu's threshold of each map [..., h, w]: the one of 256 that parts it into the two most distant classes."""
-    values = minmax(maps).flatten(-2)
+def otsu(maps: Tensor, times: int = 1, apart: float = 0.3) -> Masks:
+    """Otsu's threshold of each map [..., h, w]: the one of 256 that parts it into the two most distant classes.
+
+    Args:
+        times: so often, each time with all levelled that is below the threshold before. A map that falls off slowly
+            around what it shows has three classes: inside, around, elsewhere; the second threshold leaves the first.
+        apart: a further threshold stands where the means on its sides differ by this share of what those of the one
+            before do, or more: what is even inside is not parted.
+
+    Raises:
+        ControlError: when it is not to be parted once.
+    """
+    if times < 1:
+        raise ControlError(f"otsu parts maps once or more; found times={times}.")
+    maps = maps.float()
+    found, before = _parted(maps), torch.ones_like(maps, dtype=torch.bool)
+    for _ in range(times - 1):
+        low = maps.masked_fill(~found, float("inf")).amin((-2, -1), keepdim=True).nan_to_num(posinf=0.0)
+        inner = _parted(torch.where(found, maps, low))
+        further = _difference(maps, inner, found & ~inner) >= apart * _difference(maps, found, before & ~found)
+        # one value cannot be parted
+        further &= inner.flatten(-2).any(-1)[..., None, None]
+        found, before = torch.where(further, inner, found), torch.where(further, found, before)
+    return decided(found)
+
+
+def _difference(maps: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """[..., 1, 1]: by how much the means of two classes differ."""
+    high, low = ((maps * one).sum((-2, -1), keepdim=True) / one.sum((-2, -1), keepdim=True) for one in (above, below))
+    return high - low
+
+
+def _parted(maps: Tensor) -> Tensor:
+    """bool [..., h, w]: above Otsu's threshold."""
+    stretched = minmax(maps)
+    values = stretched.flatten(-2)
     bins = (values * _BINS).long().clamp(max=_BINS - 1)
     counts = values.new_zeros(*values.shape[:-1], _BINS, dtype=torch.float64)
     counts.scatter_add_(-1, bins, torch.ones_like(values, dtype=torch.float64))
@@ -65,7 +98,7 @@ def otsu(maps: Tensor) -> Masks:
     # (share below) x (share above) x (difference of means)^2, times the square of the number of tokens
     between = (weighted * all_of - total * below).square() / (below * above).clamp(min=1)
     best = torch.where(below * above > 0, between, -1.0).argmax(-1, keepdim=True)
-    return decided((bins > best).unflatten(-1, maps.shape[-2:]) & (minmax(maps) > 0))
+    return (bins > best).unflatten(-1, maps.shape[-2:]) & (stretched > 0)
 
 
 def argmax(maps: Tensor, *, sinks: int = 0, floor: float = 0.0, margin: float = 0.0) -> Masks:

@@ -176,6 +176,10 @@ class Recording:
         finest = self._reading.store.grid
         return finest if self._grid is None else (*finest[:-2], *self._grid)
 
+    def get(self, name: str) -> Tensor | None:
+        """As `found[name]`; None where no layer has read it."""
+        return self[name] if self._reading.store.layers(name) else None
+
     def __getitem__(self, name: str) -> Tensor:
         """The maps of a group: float32 [rows, *grid], of `Cells` [rows, cells, *grid].
 
@@ -233,7 +237,8 @@ class Recording:
             raise ControlError(
                 f"'{name}' was not read: no forward has run yet, or none of the layers that were read "
                 f"({', '.join(self.layers[:3]) or 'none'}) has such keys. Words are read in joint and cross attention, "
-                "regions in joint and self-attention, references where the pipeline is given any."
+                "regions and cells in joint and self-attention (cells where an image has as many tokens along each "
+                "side), references where the pipeline is given any."
             )
 
     def _alone(self, name: str, maps: Tensor) -> Tensor:

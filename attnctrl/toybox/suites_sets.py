@@ -91,18 +91,18 @@ def rehearsed(runner: Runner, pictures: Sequence[Picture], name: str, **options:
     """The preset called `name` on the told subjects, where attention to their words finds them in a plain run: what
     `attnctrl.pipelines.MultiSubjectPipeline` does. Its run is part of the time that control takes.
     """
-    from attnctrl.maps import otsu, record
+    from attnctrl.maps import attended, record
+    from attnctrl.pipelines.masks import CELLS, READING
 
     prompts, words = [one.prompt for one in pictures], [one.worded[0].prompt for one in pictures]
     length = runner.max_sequence_length
-    reading = record(runner.pipe, {"subject": words}, prompt=prompts, window=(0.3, 1.0), max_sequence_length=length)
-    with reading as found:
+    keys = {"subject": words, "cells": CELLS}
+    with record(runner.pipe, keys, prompt=prompts, window=READING, max_sequence_length=length) as found:
         runner.draw(prompts, [one.seed for one in pictures])
-    masks, undecided = otsu(found["subject"])
-    regions = [
-        [] if lost else [Region(name=word, mask=mask)]
-        for word, mask, lost in zip(words, masks, undecided.tolist(), strict=True)
-    ]
+    regions = []
+    for word, heat, cells in zip(words, found["subject"], found["cells"], strict=True):
+        (mask,), (undecided,) = attended(heat[None], cells, (CELLS.rows, CELLS.columns))
+        regions.append([] if undecided else [Region(name=word, mask=mask)])
     return preset(name, regions, group=SET, **{**chosen_options(name, runner.pipe, leading=True), **options})
 
 

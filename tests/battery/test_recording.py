@@ -350,12 +350,17 @@ def test_what_cannot_be_recorded_is_refused() -> None:
         record(setting, over=1.5)
     with pytest.raises(ac.ControlError, match="branch must be one of cond, uncond"):
         record(setting, branch="all")
-    with record(setting, {"text": "text", "first": "reference.0"}, layers="single") as found:
+    groups = {"text": "text", "first": "reference.0", "fine": maps.Cells(64, 1)}
+    with record(setting, groups, layers="single") as found:
         with pytest.raises(ac.ControlError, match="Nothing has been read yet"):
             _ = found.grid
         setting.run()
     with pytest.raises(ac.ControlError, match="There is no group 'cat' in this record; it has text, first"):
         _ = found["cat"]
+    assert (found.get("first"), found.get("fine")) == (None, None)
+    assert torch.equal(found.get("text"), found["text"])
+    with pytest.raises(ac.ControlError, match=r"'fine' was not read: .* \(cells where an image has as many tokens"):
+        _ = found["fine"]
     with pytest.raises(ac.ControlError, match="'first' was not read"):
         _ = found["first"]
     with (
