@@ -101,7 +101,7 @@ def test_a_first_shot_with_everybody_is_the_one_that_others_read():
     everybody = [SHOTS[1], SHOTS[0], SHOTS[2]]
     found = {kind: wrapped(kind)(CAST, everybody, **SIZES) for kind in PIPES}
     assert {kind: story.anchors for kind, story in found.items()} == {"unet": 1, "sd3": 1, "flux": 1}
-    assert found["flux"].options == {"anchors": 1, "reposition": "rope"}
+    assert found["flux"].options == {"anchors": 1, "reposition": "rope", "weight": 1.5}
     assert wrapped("flux")(CAST, everybody, options={"anchors": None}, **SIZES).anchors == 3
 
 
