@@ -45,7 +45,7 @@ def sample_task(index: int) -> Task:
 
 def test_suites_are_registered():
     assert set(SUITES) == {
-        "model", "scorer", "layout", "isolation", "references", "subjects", "reposition", "style", "guidance",
+        "model", "scorer", "masks", "layout", "isolation", "references", "subjects", "reposition", "style", "guidance",
     }  # fmt: skip
 
 

@@ -121,18 +121,18 @@ def propagate(spread: Callable[[Tensor], Tensor], maps: Tensor, power: int = 4, 
     return decided(stretched > _best_other(stretched) + margin)
 
 
-def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int] = (8, 8), power: int = 2) -> Masks:
+def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int] = (8, 8), power: int = 1) -> Masks:
     """Ours: where groups such as subjects stand, from maps of their words.
 
-    In joint attention words of one subject draw all subjects, weakly and with a halo. So what counts of each stretched
-    map is by how much it leads all others; that is spread along affinities, as in `propagate`, and Otsu's threshold
-    taken twice, which leaves the halo out. A token in several masks is that of the greatest.
+    In joint attention words of one subject draw all subjects, weakly and with a halo. So maps are spread along
+    affinities, as in `propagate`; what counts of each is by how much it leads all others; that is spread once more, and
+    Otsu's threshold taken twice, which leaves the halo out. A token in several masks is that of the greatest.
 
     Args:
         maps: [n, h, w]; a single one leads by itself.
-        features: [m, h, w], maps of `Cells` of the picture, see `affinity`; None leaves maps as they are.
+        features: [m, h, w], maps of `Cells` of the picture, see `affinity`; None spreads nothing.
         grid: (rows, columns) of the cells.
-        power: number of products.
+        power: number of products, before and after.
 
     Returns:
         Masks [n, h, w] that do not overlap.
@@ -140,10 +140,13 @@ def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int]
     Raises:
         ControlError: when the number of cells is another.
     """
-    stretched = minmax(maps)
-    grown = (stretched - _best_other(stretched)).clamp(min=0)
-    if features is not None:
-        grown = minmax(spread_by(affinity(features, grid), grown, power))
+    step = None if features is None else affinity(features, grid)
+
+    def stretched(values: Tensor) -> Tensor:
+        return minmax(values if step is None else spread_by(step, values, power))
+
+    compared = stretched(minmax(maps))
+    grown = stretched((compared - _best_other(compared)).clamp(min=0))
     strongest = grown.argmax(0) == torch.arange(len(grown), device=grown.device)[:, None, None]
     return decided(otsu(grown, times=2).masks & strongest)
 

@@ -11,6 +11,7 @@ from attnctrl.pipelines.runner import Progress, Runner
 from .suite import Options, Suite, measure
 from .suites_guidance import GUIDANCE
 from .suites_layout import ISOLATION, LAYOUT
+from .suites_masks import masks_suite
 from .suites_model import model_suite
 from .suites_references import REFERENCES
 from .suites_reposition import REPOSITION
@@ -32,5 +33,6 @@ def _measured(
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
     "model": model_suite,
     "scorer": scorer_suite,
+    "masks": masks_suite,
     **{name: partial(_measured, suite) for name, suite in PAIRED.items()},
 }
