@@ -73,11 +73,19 @@ def references(
 ) -> list[Control]:
     """Ours, for regions with reference pictures: regions stay apart for most of the run, in the branch of the negative
     prompt too, since a reference belongs to one region and regions that see each other mix them; each reads its
-    reference with more weight. Both numbers were chosen on the embedded FLUX; regions that stay apart to the end keep
-    the grounds of their references.
+    reference with more weight, and then the model draws by itself. Both numbers were chosen on the embedded FLUX:
+    regions that stay apart to the end keep the grounds of their references, and where they meet while references still
+    count more, one tells on the others. In pictures where a text is encoded by itself, texts are read
+    to the end: nothing else tells of it.
     """
-    isolate = Isolate(window=window, branch="all")
-    return [isolate, *texts(regions, overlap=overlap, reference_weight=reference_weight)]
+    scenes = scenes_of(regions, "regions")
+    ended = [scene if all(region.spans for region in scene) else () for scene in scenes]
+    others = [() if alone else scene for scene, alone in zip(scenes, ended, strict=True)]
+    told: dict[str, Any] = {"overlap": overlap, "reference_weight": reference_weight}
+    stack: list[Control] = [Isolate(window=window, branch="all")]
+    if any(ended):
+        stack.append(GroupIsolation(ended, window=window, **told))
+    return [*stack, *texts(others, **told)] if any(others) or not any(ended) else stack
 
 
 def texts(

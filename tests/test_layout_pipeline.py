@@ -165,7 +165,10 @@ def test_controls_are_a_preset_a_list_or_a_function(pipe):
 
     def same(regions):
         assert [region.reference for region in regions[0]] == [0, 1]
-        return [ac.Isolate(branch="all", window=(0, 0.7)), ac.GroupIsolation(regions, reference_weight=4.0)]
+        return [
+            ac.Isolate(branch="all", window=(0, 0.7)),
+            ac.GroupIsolation(regions, reference_weight=4.0, window=(0, 0.7)),
+        ]
 
     assert (pixels(pipe(PROMPT, PAIR, controls=same)[0]) == preset).all()
     bare = pipe(PROMPT, PAIR, controls=[])[0]

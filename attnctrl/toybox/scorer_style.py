@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from . import world
 
-_CLEAR = 4.0
+CLEAR = 4.0
 """Pixels from a subject where the ground begins: past the widest rim and its blur."""
 _WAVE, _CELL = 6.0, 4
 """Pixels of a wave of hatching, and of a side of a cell of grain."""
@@ -91,7 +91,7 @@ def measure_style(image: np.ndarray, subjects: np.ndarray, background: str) -> E
     light = value.mean(2)
     union = subjects.any(0) if len(subjects) else np.zeros(light.shape, dtype=bool)
     outside = ndimage.distance_transform_edt(~union) if union.any() else np.full(light.shape, np.inf)
-    ground = outside > _CLEAR
+    ground = outside > CLEAR
     rims = np.zeros(1 + len(RIM_NAMES))
     if union.any() and ground.any():
         distance = np.where(union, 0.5 - ndimage.distance_transform_edt(union), outside - 0.5)

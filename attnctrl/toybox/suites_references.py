@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy import ndimage
 
 from attnctrl.metrics import background_similarity, fill_ratio, identity_similarity, inclusion_ratio
 from attnctrl.metrics.layout import Area, Box
@@ -23,6 +24,7 @@ from .data import REFERENCE_SIZE
 from .detect import color_detections
 from .embed import identity_embedding
 from .scorer import Expected, Found, Reading, match, read_picture
+from .scorer_style import CLEAR
 from .suite import Acting, Images, Picture, Suite
 from .suites_layout import told_share, worded_preset
 
@@ -151,7 +153,8 @@ def cast_values(cast: Cast, images: Images, plain: Images) -> dict[str, float]:
     """`identity_similarity`: cosine of the found subject's identity and its reference's, 0 where there is none;
     `color`, `shape`: share of references whose attribute is found; `inclusion_ratio`, `fill_ratio`: of the reference's
     colour in its box; `leak`: what replacing one reference changes outside of its own box, as a share of 255;
-    `background_similarity` to the plain picture, with what either shows of the subjects masked out of both.
+    `background_similarity` to the plain picture, with what either shows of the subjects masked out of both, rims and
+    all: ground begins where it does for the scorer's reading of styles.
     """
     scores: dict[str, list[float]] = {name: [] for name in ("identity_similarity", "color", "shape")}
     ratios: dict[str, list[float]] = {"inclusion_ratio": [], "fill_ratio": []}
@@ -181,7 +184,7 @@ def _identity(reference: np.ndarray, image: np.ndarray, found: Found | None) -> 
 
 
 def _things(reading: Reading) -> list[Area]:
-    return [one.mask for one in reading.subjects]
+    return [ndimage.distance_transform_edt(~one.mask) < CLEAR for one in reading.subjects]
 
 
 def fidelity(task: Task, images: Images) -> float:
