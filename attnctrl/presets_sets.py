@@ -53,6 +53,7 @@ def subjects(
     features: Features = "value",
     apart: Window = (0.1, 0.5),
     reposition: Mode | None = None,
+    layers: Selector = "shared",
     anchors: int | None = None,
     group: int | None = None,
 ) -> list[Control]:
@@ -65,18 +66,19 @@ def subjects(
         harmony: strength of `Harmonize` on top, from a tenth of the run to six tenths; 0 is not there.
         features: what `Harmonize` matches tokens by; "place" brings the namesake's pattern over as it lies on it.
         apart: of the isolation, which is there where some picture has several subjects.
+        layers: in which subjects are read.
         reposition: how what is read is moved to its namesake's place, see `Reposition`; None leaves it where it stands.
         anchors: so many pictures at the beginning are read; None lets all read each other.
         group: so many pictures that follow each other are a set; None makes one of the batch.
     """
-    told: dict[str, Any] = {"overlap": overlap, "layers": "shared", **_read(anchors, group)}
+    told: dict[str, Any] = {"overlap": overlap, "layers": layers, **_read(anchors, group)}
     several = any(len({region.label for region in scene}) > 1 for scene in scenes_of(regions, "regions"))
     stack: list[Control] = []
     if several:
         stack.append(Isolate(regions, overlap=overlap, background="shared", text=False, branch="all", window=apart))
     stack.append(Share(regions, tokens="subject", queries="same", weight=weight, window=window, **told))
     if reposition is not None:
-        stack.append(Reposition(mode=reposition, layers="shared", window=window))
+        stack.append(Reposition(mode=reposition, layers=layers, window=window))
     if harmony:
         # of tokens that lie upon each other the nearest one always counts
         floor = 0.0 if features == "place" else 0.5

@@ -63,6 +63,22 @@ def test_the_margin_is_over_other_casts():
     )
 
 
+def test_the_margin_is_the_mean_over_pairs_one_by_one():
+    rng = np.random.default_rng(0)
+    casts = [[rng.normal(size=5) for _ in range(4)] for _ in range(4)]
+    casts[1][2] = casts[3][0] = None
+    casts[2] = [None] * 4
+
+    def cosine(a, b):
+        return 0.0 if a is None or b is None else float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    within = [cosine(one[i], one[j]) for one in casts for i in range(4) for j in range(i)]
+    between = [
+        cosine(a, b) for one, other in zip(casts, [*casts[1:], casts[0]], strict=True) for a in one for b in other
+    ]
+    assert sets.identity_margin(casts) == pytest.approx(np.mean(within) - np.mean(between), abs=1e-12)
+
+
 def test_one_style_is_consistent_and_four_are_not():
     task, _ = sets.STYLE.task("test", 1)
     assert len({told.expected.shape for told in task}) == len({told.expected.color for told in task}) == sets.SET

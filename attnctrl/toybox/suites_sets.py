@@ -130,9 +130,21 @@ def subjects_values(task: Task, images: Images, plain: Images) -> dict[str, floa
 def identity_margin(casts: Sequence[Sequence[np.ndarray | None]]) -> float:
     """Mean similarity within casts (the identities in the pictures of each), less that between each cast and the next
     other one; a cast alone has nothing but the former."""
-    within = [_cosine(a, b) for one in casts for a, b in combinations(one, 2)]
-    between = [_cosine(a, b) for one, other in _neighbours(casts) for a in one for b in other]
-    return float(np.mean(within) - (np.mean(between) if between else 0.0))
+    # all pairs of directions at once: the square of their sum holds each pair twice and each one with itself
+    sums = {id(one): _summed(one) for one in casts}
+    alike = sum(float(np.sum(total**2)) - there for total, there in (sums[id(one)] for one in casts))
+    within = alike / sum(len(one) * (len(one) - 1) for one in casts)
+    between = [
+        float(np.sum(sums[id(one)][0] * sums[id(other)][0])) / (len(one) * len(other))
+        for one, other in _neighbours(casts)
+    ]
+    return within - (float(np.mean(between)) if between else 0.0)
+
+
+def _summed(cast: Sequence[np.ndarray | None]) -> tuple[np.ndarray, int]:
+    """The sum of the directions of a cast's identities (0 without any), and how many there are."""
+    there = [one / np.linalg.norm(one) for one in cast if one is not None]
+    return np.sum(there, axis=0), len(there)
 
 
 def _neighbours(casts: Sequence[T]) -> Iterator[tuple[T, T]]:
