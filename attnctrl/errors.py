@@ -16,7 +16,7 @@ class LayoutError(AttnCtrlError, ValueError):
 
 
 class SelectionError(AttnCtrlError, ValueError):
-    """A selector of layers or heads matched nothing, or named something unknown."""
+    """A selector of layers or heads matched nothing, or a name (of a preset, a variant of a suite) is unknown."""
 
 
 class ScheduleError(AttnCtrlError, ValueError):

@@ -249,6 +249,7 @@ SETS: Mapping[str, Callable[..., list[Control]]] = {
 CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("subjects", "unet"): {"weight": 2.0, "harmony": 0.8, "features": "place"},
     ("subjects", "flux"): {"reposition": "rope", "weight": 1.5},
+    ("subjects", "sd3"): {"layers": "edit", "weight": 1.0},
     ("ir-diffusion", "unet"): {"portraits": 0.9},
 }
 """By preset and family: options that were measured better on its embedded model than the preset's own, or belong to a

@@ -207,7 +207,7 @@ def test_what_cannot_be_is_refused(sd3):
         (
             lambda: pipe.need(late, ac.Bank()),
             ControlError,
-            r"outputs in the window \(0.1, 0.6\).*\(0.7, 1.0\) of 'shared'",
+            r"outputs in the window \(0.1, 0.6\).*\(0.7, 1.0\) of 'edit'",
         ),
         (lambda: pipe.keep(alone, ac.Bank()), ControlError, "pictures read nobody"),
         (lambda: pipe.more(three, NEW, bank=bank), ControlError, "read 3 of its pictures, and the bank holds 1"),
