@@ -157,6 +157,9 @@ def test_attended_takes_what_leads_leaves_out_halos_and_follows_affinities():
     # both words draw both subjects; each the one on which it leads
     both = torch.tensor([[[1.0, 1.0, 0.0, 0.8, 0.8, 0.0]], [[0.8, 0.8, 0.0, 1.0, 1.0, 0.0]]])
     assert maps.attended(both).masks.int().tolist() == [[[1, 1, 0, 0, 0, 0]], [[0, 0, 0, 1, 1, 0]]]
+    # ground that one of two faint maps leads on is neither's
+    faint = torch.tensor([[[0.2, 0.2, 0.2, 0.2, 0.2, 1.0]], [[1.0, 0.0, 0.0, 0.0, 0.0, 0.1]]])
+    assert maps.attended(faint).masks.int().tolist() == [[[0, 0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0, 0]]]
     # a token that the words miss joins those that it attends to
     word = torch.tensor([[[1.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]])
     cells = torch.zeros(4, 1, 8)

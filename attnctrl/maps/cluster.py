@@ -125,11 +125,12 @@ def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int]
     """Ours: where groups such as subjects stand, from maps of their words.
 
     In joint attention words of one subject draw all subjects, weakly and with a halo. So maps are spread along
-    affinities, as in `propagate`; what counts of each is by how much it leads all others; that is spread once more, and
-    Otsu's threshold taken twice, which leaves the halo out. A token in several masks is that of the greatest.
+    affinities, as in `propagate`; where there are several, each counts times its lead over all others (the lead alone
+    would be all ground that nobody's words draw); that is spread once more, and Otsu's threshold taken twice, which
+    leaves the halo out. A token in several masks is that of the greatest.
 
     Args:
-        maps: [n, h, w]; a single one leads by itself.
+        maps: [n, h, w].
         features: [m, h, w], maps of `Cells` of the picture, see `affinity`; None spreads nothing.
         grid: (rows, columns) of the cells.
         power: number of products, before and after.
@@ -146,7 +147,8 @@ def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int]
         return minmax(values if step is None else spread_by(step, values, power))
 
     compared = stretched(minmax(maps))
-    grown = stretched((compared - _best_other(compared)).clamp(min=0))
+    lead = (compared - _best_other(compared)).clamp(min=0) if len(maps) > 1 else 1.0
+    grown = stretched(compared * lead)
     strongest = grown.argmax(0) == torch.arange(len(grown), device=grown.device)[:, None, None]
     return decided(otsu(grown, times=2).masks & strongest)
 

@@ -123,7 +123,7 @@ def changes(first: str, columns: Mapping[str, str], rows: Sequence[tuple[str, st
 SUBJECTS = {"`subjects`": "", "shared attention alone": "shared."}
 OVER_SHARED = {
     "toy-sd, 64 casts": "subjects-toy-sd",
-    "toy-sd3, 512 casts": "subjects-512-toy-sd3",
+    "toy-sd3, 256 casts": "subjects-256-toy-sd3",
     "toy-flux, 256 casts": "subjects-256-toy-flux",
 }
 PUBLISHED = {"`consistory`": "consistory.", "`storydiffusion`": "storydiffusion."}
@@ -260,6 +260,11 @@ TABLES: Mapping[str, Table | Each] = {
             for model in SETS
             for label, prefix in {**SUBJECTS, **PUBLISHED}.items()
         ],
+    ),
+    "masks": changes(
+        "model",
+        {"one subject": "one_subject_iou", "two subjects": "two_subjects_iou"},
+        [(model, f"masks-{model}", "") for model in SETS],
     ),
     "subjects over shared": changes(
         "shared attention alone -> `subjects`",
