@@ -29,7 +29,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SUITE",
-            help="Model, scorer, layout, isolation, references, subjects, reposition, style or guidance.",
+            help="Model, scorer, masks, layout, isolation, references, subjects, reposition, style or guidance.",
         ),
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="The toy model to measure.")] = "toy-flux",
