@@ -102,6 +102,7 @@ def test_a_first_shot_with_everybody_is_the_one_that_others_read():
     found = {kind: wrapped(kind)(CAST, everybody, **SIZES) for kind in PIPES}
     assert {kind: story.anchors for kind, story in found.items()} == {"unet": 1, "sd3": 1, "flux": 1}
     assert found["flux"].options == {"anchors": 1, "reposition": "rope", "weight": 1.5}
+    assert found["sd3"].options == {"anchors": 1, "layers": "edit", "weight": 1.0}
     assert wrapped("flux")(CAST, everybody, options={"anchors": None}, **SIZES).anchors == 3
 
 
