@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from attnctrl.pipelines.runner import Runner
+from scipy import ndimage
 
 from attnctrl.errors import UnsupportedModelError
 from attnctrl.toybox import suite, world
@@ -93,6 +94,27 @@ def test_things_that_come_in_where_told_score_full(task):
         assert 0.1 < found["fill_ratio" + end] < 0.7
         assert found["leak" + end] == pytest.approx(0, abs=1e-3)
     assert fidelity(task, images) == 1
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_rims_are_of_the_things_and_no_ground(task, count):
+    cast = task[COUNTS.index(count)]
+    flat = pair(cast)
+    rim = world.OUTLINES["white" if cast.background == "black" else "black"]
+    outlined = [np.where(_rims(image, cast), np.array(rim, dtype=np.uint8), image) for image in flat]
+    assert (outlined[0] != flat[0]).any()
+    assert cast_values(cast, outlined, flat)["background_similarity"] == 1
+    # a stripe across the ground is ground
+    striped = [image.copy() for image in flat]
+    for image in striped:
+        image[:2] = rim
+    assert cast_values(cast, striped, flat)["background_similarity"] < 0.98
+
+
+def _rims(image: np.ndarray, cast: Cast) -> np.ndarray:
+    """bool [H, W, 1]: pixels beside a thing, up to the width in which the world draws rims."""
+    things = np.abs(image.astype(int) - world.BACKGROUNDS[cast.background]).sum(-1) > 60
+    return (~things & (ndimage.distance_transform_edt(~things) < 2.5))[..., None]
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
