@@ -83,3 +83,17 @@ def test_what_was_read_goes_to_json_and_back():
     assert [one.tolist() for one in first[0]] == [[1.0, 2.0], [0.5]]
     assert first[1].tolist() == [3.0]
     assert second == [[], None]
+
+
+def test_files_that_are_missing_or_no_parts_end_with_a_message(tmp_path, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({"suite": "layout", "rows": [{}]}))
+    for path, message in ((tmp_path / "none.json", "none.json"), (broken, "Expecting"), (layout, "parts are what")):
+        with pytest.raises(SystemExit) as ended:
+            main([str(path)])
+        assert ended.value.code == 1
+        told = capsys.readouterr()
+        assert message in told.err
+        assert told.out == ""

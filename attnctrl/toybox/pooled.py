@@ -62,11 +62,14 @@ def _mean(parts: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the result of the parts."""
+    """Print the result of the parts; exit with 1 and a message where they are missing or do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", type=Path, nargs="+")
     asked = parser.parse_args(arguments)
-    found = pooled([json.loads(path.read_text(encoding="utf-8")) for path in asked.parts])
+    try:
+        found = pooled([json.loads(path.read_text(encoding="utf-8")) for path in asked.parts])
+    except (OSError, ValueError, AssetError) as error:
+        parser.exit(1, f"pooled: {error}\n")
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
