@@ -100,10 +100,15 @@ def _tells(prompt: str, words: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\S)", re.IGNORECASE)
+
+
 def told_by(cast: Sequence[Character], shots: Sequence[Shot]) -> dict[str, list[str | None]]:
-    """By character, its words in each shot where it has to be found, as `attnctrl.maps.record` takes them."""
+    """By character, its words in each shot where it has to be found, as `attnctrl.maps.record` takes them: without a
+    leading article, to which image tokens attend wherever they are."""
+    words = {one.name: _ARTICLE.sub("", one.description.strip()) for one in cast}
     found = {
-        one.name: [one.description if one.name in (s.who or ()) and one.name not in s.boxes else None for s in shots]
-        for one in cast
+        name: [told if name in (shot.who or ()) and name not in shot.boxes else None for shot in shots]
+        for name, told in words.items()
     }
-    return {name: words for name, words in found.items() if any(words)}
+    return {name: told for name, told in found.items() if any(told)}

@@ -111,7 +111,8 @@ def test_who_has_no_box_is_where_attention_to_the_words_is():
     shots = [Shot("{ball} left, {box} right"), Shot("{ball} right", seed=3)]
     prompts = ["a red circle left, a blue square right", "a red circle right"]
     rehearsal = pipe.rehearse(CAST, shots, **SIZES)
-    read = {"ball": ["a red circle", "a red circle"], "box": ["a blue square", None], "cells": CELLS}
+    # articles draw everything, so they are no words of a character
+    read = {"ball": ["red circle", "red circle"], "box": ["blue square", None], "cells": CELLS}
     scenes = [Scene.from_dict({"version": 1, "prompt": p, "width": 32, "height": 32, "steps": 2}) for p in prompts]
     with maps.record(pipe.pipe, read, prompt=prompts, window=(0.3, 1.0)) as found:
         pipe.draw(scenes, [[0], [3]], [], False, None)
@@ -125,6 +126,13 @@ def test_who_has_no_box_is_where_attention_to_the_words_is():
     assert not torch.equal(alone, maps.attended(found["ball"][1:]).masks)
     with pytest.raises(ac.LayoutError, match="3 phrases for 2 prompts"):
         maps.record(pipe.pipe, {"ball": ["a red circle", None, None]}, prompt=prompts)
+
+
+def test_words_of_a_character_have_no_leading_article():
+    descriptions = ["a red circle", " The old man", "an apple", "antlers", "Anna, a girl", "a"]
+    cast = [Character(str(number), told) for number, told in enumerate(descriptions)]
+    words = told_by(cast, [Shot("", who=tuple("012345"))])
+    assert [told for (told,) in words.values()] == ["red circle", "old man", "apple", "antlers", "Anna, a girl", "a"]
 
 
 def test_a_segmenter_may_find_them_and_says_when_it_cannot():
@@ -210,7 +218,7 @@ def test_what_does_not_fit_together_is_refused(cast, shots, message):
 def test_words_are_sought_where_nobody_gave_a_box():
     shots = resolve(CAST, [*SHOTS, Shot("A red circle and a blue square", who=["ball"])])
     assert [shot.who for shot in shots] == [("ball",), ("ball", "box"), ("box",), ("ball",)]
-    assert told_by(CAST, shots) == {"ball": [None, None, None, "a red circle"]}
+    assert told_by(CAST, shots) == {"ball": [None, None, None, "red circle"]}
 
 
 def test_other_pipelines_and_presets_are_refused():
