@@ -14,7 +14,7 @@ from typing import Any
 
 from attnctrl.files import write_text
 
-ORDER = ("model", "scorer", "layout", "isolation", "references", "subjects", "reposition", "style", "guidance")
+ORDER = ("model", "scorer", "layout", "isolation", "references", "masks", "subjects", "reposition", "style", "guidance")
 INTRODUCTION = """# Results
 
 Written by `make results` from `benchmarks/results/`, where the output of each command is kept. The toy models are
