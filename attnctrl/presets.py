@@ -75,8 +75,8 @@ def references(
     prompt too, since a reference belongs to one region and regions that see each other mix them; each reads its
     reference with more weight, and then the model draws by itself. Both numbers were chosen on the embedded FLUX:
     regions that stay apart to the end keep the grounds of their references, and where they meet while references still
-    count more, one tells on the others. In pictures where a text is encoded by itself, texts are read
-    to the end: nothing else tells of it.
+    count more, one tells on the others. In pictures where a text is encoded by itself, texts are read to
+    the end: nothing else tells of it.
     """
     scenes = scenes_of(regions, "regions")
     ended = [scene if all(region.spans for region in scene) else () for scene in scenes]

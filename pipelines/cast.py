@@ -105,7 +105,7 @@ _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\S)", re.IGNORECASE)
 
 def told_by(cast: Sequence[Character], shots: Sequence[Shot]) -> dict[str, list[str | None]]:
     """By character, its words in each shot where it has to be found, as `attnctrl.maps.record` takes them: without a
-    leading article, to which image tokens attend wherever they are."""
+    leading article, with which they are found worse (docs/maps.md)."""
     words = {one.name: _ARTICLE.sub("", one.description.strip()) for one in cast}
     found = {
         name: [told if name in (shot.who or ()) and name not in shot.boxes else None for shot in shots]

@@ -267,7 +267,6 @@ class MultiSubjectPipeline(Wrapper):
         window: Window,
         progress: Progress | None,
     ) -> Rehearsal:
-
         from attnctrl.maps import record
 
         labels = [f"shot {number}" for number in range(len(shots))]

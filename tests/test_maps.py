@@ -169,7 +169,7 @@ def test_attended_takes_what_leads_leaves_out_halos_and_follows_affinities():
     # spread maps overlap; a token is that of the greatest
     two = torch.tensor([[[1.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 1.0]]])
     mixed = torch.tensor([[[8.0, 6.0, 2.0, 1.0]], [[1.0, 2.0, 6.0, 8.0]]])
-    assert maps.attended(two, mixed, (1, 2), power=1).masks.int().tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
+    assert maps.attended(two, mixed, (1, 2)).masks.int().tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
     nothing = maps.attended(torch.full((2, 1, 4), 0.3))
     assert not nothing.masks.any()
     assert nothing.undecided.all()

@@ -106,12 +106,20 @@ def test_a_first_shot_with_everybody_is_the_one_that_others_read():
     assert wrapped("flux")(CAST, everybody, options={"anchors": None}, **SIZES).anchors == 3
 
 
+def test_layers_of_the_preset_are_those_of_all_that_reads():
+    scenes = [[ac.Region(name="ball", box=(0, 0, 0.5, 1))]] * 2
+    stack = ac.preset("subjects", scenes, layers="edit", reposition="rope", harmony=0.5)
+    assert [(one.name, one.layers) for one in stack] == [
+        ("share", "edit"), ("reposition", "edit"), ("harmonize", "edit"),
+    ]  # fmt: skip
+
+
 def test_who_has_no_box_is_where_attention_to_the_words_is():
     pipe = wrapped()
     shots = [Shot("{ball} left, {box} right"), Shot("{ball} right", seed=3)]
     prompts = ["a red circle left, a blue square right", "a red circle right"]
     rehearsal = pipe.rehearse(CAST, shots, **SIZES)
-    # articles draw everything, so they are no words of a character
+    # articles are no words of a character
     read = {"ball": ["red circle", "red circle"], "box": ["blue square", None], "cells": CELLS}
     scenes = [Scene.from_dict({"version": 1, "prompt": p, "width": 32, "height": 32, "steps": 2}) for p in prompts]
     with maps.record(pipe.pipe, read, prompt=prompts, window=(0.3, 1.0)) as found:

@@ -65,7 +65,10 @@ def test_what_is_compared_is_otsus_threshold_and_attended_on_the_same_maps():
     prompts = [one[0].prompt, two.prompt]
     with maps.record(
         runner.pipe,
-        {"a": [f"{two.expected[0].color} {two.expected[0].shape}"], "cells": maps.Cells(8, 8)},
+        {
+            **{n: [f"{one.color} {one.shape}"] for n, one in zip("ab", two.expected, strict=True)},
+            "cells": maps.Cells(8, 8),
+        },
         prompt=[two.prompt],
         window=(0.3, 1.0),
         max_sequence_length=40,
@@ -74,8 +77,10 @@ def test_what_is_compared_is_otsus_threshold_and_attended_on_the_same_maps():
     scene = masks._scene(2, Options(split="tune"), 0)
     assert (scene.prompt, scene.seed) == (two.prompt, other)
     _, [(plain, ours)] = masks._drawn(runner, [scene], done.append)
-    assert torch.equal(plain[0], maps.otsu(found["a"][0]).masks)
-    assert ours.shape == plain.shape == (2, 8, 8)
+    heats = found.stacked("a", "b")[:, 0]
+    assert torch.equal(plain, maps.otsu(heats).masks)
+    assert torch.equal(ours, maps.attended(heats, found["cells"][0]).masks)
+    assert not torch.equal(ours, plain)
     assert done == [1]
     assert masks._scene(1, Options(split="tune"), 0).seed == 10 * seed
     result = masks.measure_masks(runner, "tiny", 2, None, Options(split="tune", rows=True, grid=seen.append))

@@ -121,7 +121,7 @@ def propagate(spread: Callable[[Tensor], Tensor], maps: Tensor, power: int = 4, 
     return decided(stretched > _best_other(stretched) + margin)
 
 
-def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int] = (8, 8), power: int = 1) -> Masks:
+def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int] = (8, 8)) -> Masks:
     """Ours: where groups such as subjects stand, from maps of their words.
 
     In joint attention words of one subject draw all subjects, weakly and with a halo. So maps are spread along
@@ -133,7 +133,6 @@ def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int]
         maps: [n, h, w].
         features: [m, h, w], maps of `Cells` of the picture, see `affinity`; None spreads nothing.
         grid: (rows, columns) of the cells.
-        power: number of products, before and after.
 
     Returns:
         Masks [n, h, w] that do not overlap.
@@ -144,7 +143,7 @@ def attended(maps: Tensor, features: Tensor | None = None, grid: tuple[int, int]
     step = None if features is None else affinity(features, grid)
 
     def stretched(values: Tensor) -> Tensor:
-        return minmax(values if step is None else spread_by(step, values, power))
+        return minmax(values if step is None else spread_by(step, values, 1))
 
     compared = stretched(minmax(maps))
     lead = (compared - _best_other(compared)).clamp(min=0) if len(maps) > 1 else 1.0
